@@ -1,0 +1,32 @@
+"""Hygiene for every test: fixed seed, one thread, no leaked working directory, environment or Hydra state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def hygiene() -> Iterator[None]:
+    """Seed torch's global generator, and put working directory and environment back afterwards."""
+    cwd, environment = os.getcwd(), dict(os.environ)
+    torch.manual_seed(0)
+    yield
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where no CUDA device is present."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
