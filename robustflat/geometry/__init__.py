@@ -1,0 +1,1 @@
+"""Input and weight balls: where a perturbation may go."""

@@ -1,0 +1,37 @@
+"""Random numbers and safe divisors that input balls and weight balls share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def precision(v: Tensor) -> torch.dtype:
+    """Type to compute in: float64 for float64, else float32 (also for half precision)."""
+    return torch.promote_types(v.dtype, torch.float32)
+
+
+def wide(v: Tensor) -> Tensor:
+    """`v` in the precision to compute in."""
+    return v.to(precision(v))
+
+
+def positive(v: Tensor) -> Tensor:
+    """`v` as a divisor: never below the smallest normal number, so that 0 / 0 becomes 0."""
+    return v.clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform in [0, 1), at least float32, drawn where the generator lives and brought to `like`'s device."""
+    device = like.device if generator is None else generator.device
+    drawn = torch.rand(tuple(shape), generator=generator, dtype=precision(like), device=device)
+    return drawn.to(like.device)
+
+
+def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal, at least float32, drawn where the generator lives and brought to `like`'s device."""
+    device = like.device if generator is None else generator.device
+    drawn = torch.randn(tuple(shape), generator=generator, dtype=precision(like), device=device)
+    return drawn.to(like.device)
