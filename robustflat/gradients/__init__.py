@@ -1,0 +1,1 @@
+"""Gradient rules: at which weights the gradient of a step is taken."""

@@ -1,0 +1,62 @@
+"""The plain gradient: score one crafted batch at the current weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from robustflat.errors import UserError, require_range
+from robustflat.types import AdvBatch, LossTerms
+
+
+class Plain:
+    """Gradient of the loss at the weights as they are.
+
+    Args:
+        micro_batches: number of equal parts, >= 1, into which a crafted batch is cut; their gradients add up to
+            the batch's gradient with the memory of one part. Batch norm then normalises each part by itself,
+            so that a network with batch norm trains differently.
+
+    Raises:
+        UserError: if micro_batches < 1.
+    """
+
+    def __init__(self, *, micro_batches: int = 1) -> None:
+        require_range("micro_batches", micro_batches, low=1)
+        self.micro_batches = micro_batches
+
+    def __call__(
+        self, model: nn.Module, next_batch: Callable[[], AdvBatch], loss: Callable[[AdvBatch], LossTerms]
+    ) -> dict[str, Tensor]:
+        """Add the gradient of one batch to `p.grad` of every trainable parameter of the model.
+
+        Args:
+            model: the network that `loss` scores.
+            next_batch: crafts and returns the next batch.
+            loss: scores a batch at the current weights.
+
+        Returns:
+            The parts of the loss, detached 0-dim tensors.
+
+        Raises:
+            UserError: if the batch does not split into `micro_batches` equal parts.
+        """
+        batch = next_batch()
+        if self.micro_batches == 1:
+            terms = loss(batch)
+            terms.total.backward()  # type: ignore[no-untyped-call]
+            return terms.parts
+        size, rest = divmod(len(batch.x), self.micro_batches)
+        if rest or not size:
+            raise UserError(
+                f"micro_batches must divide the batch size, got {self.micro_batches} for {len(batch.x)} images."
+            )
+        means: dict[str, Tensor] = {}
+        for start in range(0, len(batch.x), size):
+            rows = slice(start, start + size)
+            terms = loss(AdvBatch(batch.x[rows], batch.x_adv[rows], batch.y[rows]))
+            (terms.total / self.micro_batches).backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.parts.items():
+                means[name] = means.get(name, 0.0) + value / self.micro_batches
+        return means

@@ -1,0 +1,1 @@
+"""Training losses: how the adversarial batch is crafted and how it is scored."""
