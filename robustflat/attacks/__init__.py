@@ -1,0 +1,1 @@
+"""Attacks on images: callables that maximise an objective of the logits inside a ball."""

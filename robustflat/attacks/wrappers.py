@@ -1,0 +1,244 @@
+"""Variations of an attack, as attacks: restarts, the worst of several, part of a batch, other labels, transfer.
+
+In every result `value` and `fooled` refer to the forward and the labels of the *call*, whatever labels or model
+the search itself has used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.judging import (
+    KEEP,
+    held_still,
+    improves,
+    is_targeted,
+    judge,
+    nothing_found,
+    own_objective,
+    select,
+)
+from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.types import Attack, Forward, Found, Objective
+
+
+class Restarts:
+    """Runs an attack n times, one after the other, and keeps the best result per example.
+
+    `Pgd(restarts=n)` does the same in one batch: faster on a GPU, at n times the memory.
+
+    Args:
+        attack: an attack with random parts; its draws differ from run to run.
+        n: number of runs, >= 1.
+        keep: "best": largest value; "fooled": fooled results first, then the largest value.
+
+    Raises:
+        UserError: if n or keep is not allowed.
+    """
+
+    def __init__(self, attack: Attack, n: int, keep: str = "best") -> None:
+        require_range("n", n, low=1)
+        require_one_of("keep", keep, KEEP[:2])
+        self.attack = attack
+        self.n = n
+        self.keep = keep
+        self.objective = own_objective(attack)
+        self.targeted = is_targeted(attack)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Best of n runs on images x (B, C, H, W); see `types.Attack`."""
+        best = self.attack(forward, x, y, objective, generator)
+        for _ in range(self.n - 1):
+            new = self.attack(forward, x, y, objective, generator)
+            best = select(improves(new, best, self.keep), new, best)
+        return best
+
+
+class WorstOf:
+    """Runs several attacks and keeps per example a fooled result if there is one, then the largest value.
+
+    Values of attacks that maximise different objectives cannot be compared. Where the call names no objective
+    and the attacks differ, each result is judged again, by the objective of the first attack.
+
+    Args:
+        attacks: name -> attack, run in this order; a later one replaces an earlier one only if it is better.
+
+    Raises:
+        UserError: if there is no attack, or targeted and untargeted ones are mixed.
+    """
+
+    def __init__(self, attacks: Mapping[str, Attack]) -> None:
+        if not attacks:
+            raise UserError("attacks is empty: WorstOf needs at least one attack.")
+        self.attacks = dict(attacks)
+        members = list(self.attacks.values())
+        if len({is_targeted(attack) for attack in members}) > 1:
+            kinds = ", ".join(f"{n}: {'' if is_targeted(a) else 'un'}targeted" for n, a in self.attacks.items())
+            raise UserError(f"targeted and untargeted attacks read labels differently and cannot mix ({kinds}).")
+        self.objective = own_objective(members[0])
+        self.targeted = is_targeted(members[0])
+        self._comparable = all(own_objective(attack) is self.objective for attack in members)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Worst case of all attacks on images x (B, C, H, W); see `types.Attack`."""
+        best: Found | None = None
+        for attack in self.attacks.values():
+            new = attack(forward, x, y, objective, generator)
+            if objective is None and not self._comparable:
+                new = judge(forward, new.x_adv, y, self.objective, targeted=self.targeted)
+            best = new if best is None else select(improves(new, best, "fooled"), new, best)
+        assert best is not None
+        return best
+
+
+class Fraction:
+    """Attacks a part of the batch: the first int((1 - fraction) * B) images stay clean, the rest is attacked.
+
+    With fraction 0.5 this is adversarial training on half of each batch (Stutz et al., ICCV 2021). One more
+    forward pass on the clean part tells its value.
+
+    Args:
+        attack: what the rest of the batch undergoes.
+        fraction: share of images attacked, in (0, 1].
+
+    Raises:
+        UserError: if fraction lies outside (0, 1].
+    """
+
+    def __init__(self, attack: Attack, fraction: float) -> None:
+        require_range("fraction", fraction, low=0.0, high=1.0, low_open=True, hint="Use attack=none for 0.")
+        self.attack = attack
+        self.fraction = fraction
+        self.objective = own_objective(attack)
+        self.targeted = is_targeted(attack)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Clean images first, attacked ones after, in the order of x (B, C, H, W); see `types.Attack`."""
+        check_shapes(x, y)
+        # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
+        clean = math.floor((1 - self.fraction) * x.shape[0] + 1e-9)
+        first = judge(forward, x[:clean], y[:clean], objective or self.objective, targeted=self.targeted)
+        rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
+        return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
+
+
+class PredictedLabels:
+    """Attacks the label that the model predicts, so that the true label cannot leak into the perturbation.
+
+    Label leaking: Kurakin et al., ICLR 2017. The prediction is made in eval mode (a module) before the attack.
+    An image that is misclassified is moved away from its wrong class, maybe onto the right one; `value` and
+    `fooled` are about the true labels, judged by one more forward pass, and may be lower than for clean images.
+
+    Args:
+        attack: an untargeted attack.
+
+    Raises:
+        UserError: if the attack is targeted.
+    """
+
+    def __init__(self, attack: Attack) -> None:
+        if is_targeted(attack):
+            raise UserError("a targeted attack on the predicted label would look for no change: use an untargeted one.")
+        self.attack = attack
+        self.objective = own_objective(attack)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Attack images x (B, C, H, W) on predicted labels; see `types.Attack`."""
+        check_shapes(x, y)
+        if x.shape[0] == 0:
+            return nothing_found(x)
+        with torch.no_grad(), held_still(forward):
+            predicted = forward(x).argmax(dim=1)
+        found = self.attack(forward, x, predicted, objective, generator)
+        return judge(forward, found.x_adv, y, objective or self.objective)
+
+
+class OnlyCorrect:
+    """Leaves images clean that the model already has wrong (right, for a targeted attack: where it is reached).
+
+    All images are attacked and the results for the wrong ones dropped: picking them out beforehand would wait
+    for the device.
+
+    Args:
+        attack: what the other images undergo.
+    """
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack = attack
+        self.objective = own_objective(attack)
+        self.targeted = is_targeted(attack)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Attack the correctly classified among images x (B, C, H, W); see `types.Attack`."""
+        check_shapes(x, y)
+        clean = judge(forward, x, y, objective or self.objective, targeted=self.targeted)
+        return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
+
+
+class Transfer:
+    """Searches on a source model and judges the result on the model of the call.
+
+    The value may be lower than for the clean image: the search never sees the model under attack.
+
+    Args:
+        attack: the search.
+        source: the model searched on, images -> logits, on the device of the images.
+    """
+
+    def __init__(self, attack: Attack, source: Forward) -> None:
+        self.attack = attack
+        self.source = source
+        self.objective = own_objective(attack)
+        self.targeted = is_targeted(attack)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        objective: Objective | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Found:
+        """Images x (B, C, H, W) attacked on the source, judged by `forward`; see `types.Attack`."""
+        found = self.attack(self.source, x, y, objective, generator)
+        return judge(forward, found.x_adv, y, objective or self.objective, targeted=self.targeted)
