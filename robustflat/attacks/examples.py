@@ -1,0 +1,82 @@
+"""Images and labels as a user has them (uint8 or float, NumPy or torch) into checked batches."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robustflat.attacks.inputs import check_images
+from robustflat.errors import UserError, require_range
+from robustflat.models.precision import device_of, dtype_of
+from robustflat.types import Batch
+
+Array: TypeAlias = "Tensor | NDArray[Any]"
+"""A torch tensor or a NumPy array."""
+
+
+def batches_for(model: nn.Module, images: Array, labels: Array, *, batch_size: int = 128) -> list[Batch]:
+    """Batches in the given order, on the model's device and in its floating-point type.
+
+    Args:
+        model: decides device and type.
+        images: (N, C, H, W); floating point in [0, 1], or uint8 in 0..255, which are divided by 255.
+        labels: integers (N,).
+        batch_size: examples in a batch, >= 1; the last one may hold fewer.
+
+    Returns:
+        Batches with x (B, C, H, W) in [0, 1] and y int64 (B,).
+
+    Raises:
+        UserError: if there are no examples, or images or labels have a wrong shape, type or range.
+    """
+    require_range("batch_size", batch_size, low=1)
+    x, y = _tensor("images", images), _tensor("labels", labels)
+    if x.shape[:1] == (0,):
+        raise UserError("There are no images: a measure needs at least one.")
+    if y.is_floating_point() or y.ndim != 1:
+        raise UserError(f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+    x = x.to(device_of(model))
+    x = x.to(dtype_of(model)).div(255) if x.dtype == torch.uint8 else x
+    y = y.to(device=x.device, dtype=torch.int64)
+    check_images(x, y)
+    if x.dtype != dtype_of(model):
+        x = x.to(dtype_of(model))
+    return [Batch(x[at : at + batch_size], y[at : at + batch_size]) for at in range(0, len(y), batch_size)]
+
+
+def _tensor(name: str, values: Array) -> Tensor:
+    """`values` as a detached tensor, without copying where possible."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    if isinstance(values, np.ndarray) and values.dtype.kind in "uif":
+        return torch.from_numpy(np.ascontiguousarray(values))
+    kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+    raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
+
+
+def require_answers(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits that are not (N, K) for labels (N,), have no column for a label, or are not finite.
+
+    Reads values, so it waits for a GPU: call it once per data set.
+
+    Raises:
+        UserError: naming the first bad example.
+    """
+    if logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
+        raise UserError(f"The model must return logits of shape ({labels.shape[0]}, K), got {tuple(logits.shape)}.")
+    highest = int(labels.max())
+    if highest >= logits.shape[1]:
+        raise UserError(
+            f"The model has {logits.shape[1]} classes (labels 0 to {logits.shape[1] - 1}), but a label is "
+            f"{highest}. Model and data set do not belong together."
+        )
+    bad = ~logits.isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise UserError(
+            f"The model's logits are not finite for {int(bad.sum())} of {len(bad)} examples, first for example "
+            f"{int(bad.int().argmax())}. Did its training diverge, or does it overflow in half precision?"
+        )

@@ -1,0 +1,80 @@
+"""Several runs of an attack, the strongest result kept per example, judged in full float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.attacks.judging import choose, held_still
+from robustflat.attacks.objectives import cross_entropy
+from robustflat.errors import require_one_of
+from robustflat.models.precision import exact_float32
+from robustflat.types import Attack
+
+SELECT = ("cross_entropy", "confident_wrong")
+"""Which restart is the strongest: highest cross-entropy (paper), or most confident wrong class (released)."""
+
+
+class Strongest(NamedTuple):
+    """Strongest adversarial images x_adv (B, C, H, W) and the model's logits (B, K) on them."""
+
+    x_adv: Tensor
+    logits: Tensor
+
+
+def strength(logits: Tensor, y: Tensor, select: str = "cross_entropy") -> Tensor:
+    """How strong a restart is, (B,): cross-entropy, or max_{k != y} p_k.
+
+    Raises:
+        UserError: for another `select`.
+    """
+    require_one_of("select", select, SELECT)
+    if select == "cross_entropy":
+        return cross_entropy(logits, y)
+    return logits.softmax(dim=1).scatter(1, y[:, None], -1.0).amax(dim=1)
+
+
+@torch.no_grad()
+def judged_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (B, K) of images in eval mode, without graph, autocast or TF32, in float32 or better."""
+    with held_still(model), exact_float32(x.device):
+        logits: Tensor = model(x)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def strongest(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    restarts: int = 1,
+    select: str = "cross_entropy",
+    generator: torch.Generator | None = None,
+) -> Strongest:
+    """Run an attack `restarts` times and keep, per example, the strongest result; ties keep the earlier one.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits (B, K); left as it was found.
+        x, y: images and int64 labels (B,).
+        attack: any attack; one with restarts of its own has already chosen among them.
+        restarts: number of runs, >= 1.
+        select: one of `SELECT`.
+        generator: source of the attack's draws, on the images' device.
+
+    Returns:
+        Images and logits; the logits are the plain network's, whatever precision the attack searched in.
+    """
+    best: Strongest | None = None
+    for _ in range(restarts):
+        x_adv = attack(model, x, y, generator=generator).x_adv.detach()
+        new = Strongest(x_adv, judged_logits(model, x_adv))
+        if best is None:
+            best = new
+            continue
+        take = strength(new.logits, y, select) > strength(best.logits, y, select)
+        best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
+    assert best is not None, "restarts is at least 1"
+    return best

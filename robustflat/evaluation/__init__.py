@@ -1,0 +1,1 @@
+"""From a network and data to logits, and from logits to numbers."""

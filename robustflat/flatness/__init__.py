@@ -1,0 +1,1 @@
+"""Flatness of the clean and of the robust loss in weight space."""

@@ -1,0 +1,98 @@
+"""The loss at the undisplaced weights, which every flatness is a rise above."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustflat.attacks.describe import describe
+from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.errors import UserError
+from robustflat.flatness.protocol import REFERENCE_RESTARTS, Protocol
+from robustflat.flatness.subject import Subject
+from robustflat.rng import generator_for
+from robustflat.types import Attack, Batch
+
+
+class Reference(NamedTuple):
+    """Losses (N,) at the undisplaced weights, the images they belong to, and how those were found."""
+
+    losses: Tensor
+    batches: list[Batch]
+    description: str
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed drawn from a generator, in [0, 2**63)."""
+    return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+
+
+def reference_at(
+    found: Subject,
+    *,
+    loss: str,
+    attack: Attack | None,
+    once: Attack | None,
+    protocol: Protocol,
+    seed: int,
+    given: Tensor | None,
+) -> Reference:
+    """Losses of the subject at its present weights.
+
+    Args:
+        found: model and batches.
+        loss: "robust", "clean" or "frozen".
+        attack: run ten times, the strongest run kept per example, unless `once` is given.
+        once: an attack that is run once instead.
+        protocol: says which run is the strongest and how losses are computed from logits.
+        seed: of the attack's draws.
+        given: (N,) losses that the caller knows already; they are returned after a check.
+
+    Raises:
+        UserError: if `given` has the wrong shape or is not finite, or is given for the frozen loss.
+    """
+    if given is not None:
+        return Reference(_checked(given, found, loss), found.batches, "given by the caller")
+    if loss == "clean":
+        logits = [judged_logits(found.model, batch.x) for batch in found.batches]
+        losses = [protocol.losses(z, batch.y) for z, batch in zip(logits, found.batches, strict=True)]
+        return Reference(torch.cat(losses), found.batches, "none")
+    chosen, runs = (once, 1) if once is not None else (attack, REFERENCE_RESTARTS)
+    assert chosen is not None, "robust and frozen losses have an attack"
+    losses, batches = [], []
+    for index, (x, y) in enumerate(found.batches):
+        generator = generator_for(seed, "reference", index, device=found.device)
+        best = strongest(found.model, x, y, chosen, restarts=runs, select=protocol.select, generator=generator)
+        losses.append(protocol.losses(best.logits, y))
+        batches.append(Batch(best.x_adv, y))
+    return Reference(
+        torch.cat(losses),
+        batches,
+        f"worst of {runs} runs of {describe(chosen)}" if runs > 1 else describe(chosen),
+    )
+
+
+def require_finite(losses: Tensor, radius: float) -> None:
+    """Refuse losses (T, N) at displaced weights that are not finite.
+
+    Raises:
+        UserError: with the number of trials concerned.
+    """
+    broken = int((~losses.isfinite()).any(dim=1).sum())
+    if broken:
+        raise UserError(
+            f"The loss is not finite at {broken} of {len(losses)} displaced weights. Is radius {radius:g} too large "
+            f"for this network, or does it overflow in half precision?"
+        )
+
+
+def _checked(given: Tensor, found: Subject, loss: str) -> Tensor:
+    if loss == "frozen":
+        raise UserError("loss='frozen' finds its adversarial examples itself: leave reference out.")
+    if given.shape != (found.size,) or not bool(given.isfinite().all()):
+        raise UserError(
+            f"reference must be one finite loss per example, shape ({found.size},), got shape {tuple(given.shape)}."
+        )
+    return given.detach().to(found.device)

@@ -1,0 +1,57 @@
+"""What users have as images and labels, made into batches or refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustflat.attacks.examples import batches_for, require_answers
+from robustflat.errors import UserError
+
+MODEL = nn.Linear(1, 1)
+
+
+def test_order_and_values_are_kept_and_the_last_batch_may_be_smaller() -> None:
+    images, labels = torch.rand(5, 1, 2, 2), torch.tensor([4, 3, 2, 1, 0])
+    batches = batches_for(MODEL, images, labels, batch_size=2)
+    assert [len(b.y) for b in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([b.x for b in batches]), images)
+    assert torch.equal(torch.cat([b.y for b in batches]), labels)
+
+
+def test_bytes_become_fractions_and_all_takes_the_models_type() -> None:
+    images = np.array([[[[0, 51], [102, 255]]]], dtype=np.uint8)
+    batch = batches_for(nn.Linear(1, 1).double(), images, np.array([1], dtype=np.int32))[0]
+    assert batch.x.dtype == torch.float64
+    assert batch.x.flatten().tolist() == [0.0, 0.2, 0.4, 1.0]
+    assert batch.y.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "size", "message"),
+    [
+        (torch.rand(2, 1, 2, 2) * 255, torch.tensor([0, 1]), 2, r"Divide by 255"),
+        (torch.rand(2, 4), torch.tensor([0, 1]), 2, r"images must have shape \(B, C, H, W\), got \(2, 4\)"),
+        (torch.rand(2, 1, 2, 2), torch.tensor([[0], [1]]), 2, r"labels must be integers of shape \(N,\)"),
+        (torch.rand(2, 1, 2, 2), torch.tensor([0]), 2, "one label per image, got 2 images"),
+        (torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), 0, r"batch_size must lie in \[1"),
+        (torch.rand(2, 1, 2, 2), ["cat", "dog"], 2, r"labels must be a torch tensor or a NumPy array .* got list"),
+        (np.array(["cat"]), torch.tensor([0]), 2, r"images must be a torch tensor or a NumPy array .* got <U3"),
+    ],
+)  # fmt: skip
+def test_other_things_are_refused(images: object, labels: object, size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        batches_for(MODEL, images, labels, batch_size=size)
+
+
+def test_answers_that_cannot_be_used_are_refused() -> None:
+    labels = torch.tensor([0, 2])
+    require_answers(torch.zeros(2, 3), labels)
+    with pytest.raises(UserError, match=r"must return logits of shape \(2, K\), got \(2, 3, 1\)"):
+        require_answers(torch.zeros(2, 3, 1), labels)
+    with pytest.raises(UserError, match=r"The model has 2 classes \(labels 0 to 1\), but a label is 2"):
+        require_answers(torch.zeros(2, 2), labels)
+    with pytest.raises(UserError, match="not finite for 1 of 2 examples, first for example 1"):
+        require_answers(torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.inf, 0.0]]), labels)
