@@ -61,9 +61,12 @@ class ConsoleLogger(Null):
             total = f"/{self.epochs}" if self.epochs else ""
             return f"epoch {metrics['epoch']:g}{total}  {_described(shown)}"
         shown = {name: value for name, value in metrics.items() if not name.startswith("time/")}
-        errors = {name: value for name, value in shown.items() if name.endswith("error")}
-        values = [_formatted(name, value) for name, value in (errors or shown).items()]
+        watched = {name: value for name, value in shown.items() if name.endswith(_WATCHED)}
+        values = [_formatted(name, value) for name, value in (watched or shown).items()]
         return f"step {step}  {'  '.join(values)}" if values else ""
+
+
+_WATCHED = ("test_error", "test_robust_error", "test_robust_loss", "train_robust_error", "train_robust_loss")
 
 
 def _described(shown: Scalars) -> str:
@@ -82,7 +85,7 @@ def _described(shown: Scalars) -> str:
 
 def _formatted(name: str, value: float) -> str:
     name = name.removeprefix("evaluation/")
-    return f"{name} {value:.1%}" if name.endswith("error") else f"{name} {value:.4g}"
+    return f"{name} {value:.1%}" if name.endswith("error") else f"{name} {value:.3f}"
 
 
 def _duration(seconds: float) -> str:

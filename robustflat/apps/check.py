@@ -1,0 +1,265 @@
+"""The check of a configuration before anything is built: constructor signatures are the schema.
+
+Every problem is found and reported together, with suggestions. Nothing outside the allow-list is imported:
+a configuration is data and must not be able to run code of its choice.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from robustflat.apps.config import Root
+from robustflat.errors import UserError
+
+TRUSTED = ("robustflat", "torch", "torchvision")
+NEVER = (
+    "torch.load", "torch.hub", "torch.jit", "torch.utils.cpp_extension", "torch.package", "torch.serialization",
+    "torch.classes", "torch.ops", "torch.distributed", "torch.multiprocessing", "torch.utils.model_zoo",
+    "torch.utils.collect_env", "torch.utils.bottleneck", "torch._", "torch.export", "torch.compiler",
+    "torchvision.io", "robustflat.apps",
+)  # fmt: skip
+"""Parts of trusted packages that load, compile or start things: no configuration needs them."""
+
+SUPPLIED: Mapping[str, frozenset[str]] = {
+    "trainer": frozenset({"model", "data", "attack", "make_optimizer", "make_schedule", "logger", "streams"}),
+}
+"""Arguments that the application fills in, by path of the node."""
+
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+
+
+def check(config: DictConfig) -> list[str]:
+    """All problems of a composed configuration, each a line 'key: what is wrong and what is allowed'.
+
+    Args:
+        config: the composed root, `hydra` node removed.
+
+    Returns:
+        The problems in the order of the file; empty if there are none.
+    """
+    trusted = (*TRUSTED, *(str(p) for p in config.get("trusted_packages") or ()))
+    return [*_unknown_at_the_root(config), *_walk(config, "", trusted)]
+
+
+def _unknown_at_the_root(config: DictConfig) -> Iterator[str]:
+    """Keys that nothing reads: `+epochs=3` would otherwise train the default number of epochs without a word."""
+    known = [field.name for field in dataclasses.fields(Root)]
+    for key in map(str, config):
+        if key not in known:
+            places = [g for g in known if isinstance(config.get(g), DictConfig) and key in config[g]]
+            hint = f" Did you mean {places[0]}.{key}?" if places else _suggest(key, known, list_all=False)
+            yield f"{key}: nothing reads this key at the top level.{hint}"
+
+
+def require_valid(config: DictConfig) -> None:
+    """Raise one `UserError` that lists every problem found by `check`.
+
+    Raises:
+        UserError: if there is any.
+    """
+    problems = check(config)
+    if problems:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")
+
+
+def _walk(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield from _check_target(node, path, trusted)
+    keys: Any = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        here = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            yield f"{here}: needs a value; write {here}=... on the command line."
+            continue
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            yield f"{here}: {str(error).splitlines()[0]}"
+            continue
+        if isinstance(value, DictConfig | ListConfig):
+            yield from _walk(value, here, trusted)
+
+
+def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
+    target = str(node["_target_"])
+    try:
+        made = resolve_target(target, trusted)
+    except UserError as error:
+        yield f"{path}._target_: {error}"
+        return
+    if "_args_" in node:
+        yield f"{path}._args_: positional arguments are not allowed; name each argument."
+    signature = inspect.signature(made)
+    hints = _hints(made)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    accepted = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    given = [str(k) for k in node if str(k) not in HYDRA_KEYS]
+    for key in given:
+        if key not in accepted and not open_ended:
+            yield f"{path}.{key}: {_short(target)} takes no argument '{key}'.{_suggest(key, accepted)}"
+        elif key in hints:
+            yield from _check_value(node, key, hints[key], f"{path}.{key}")
+    if not node.get("_partial_", False):
+        supplied = SUPPLIED.get(path, frozenset())
+        for name in accepted:
+            if signature.parameters[name].default is inspect.Parameter.empty and name not in {
+                *given,
+                *supplied,
+            }:
+                yield f"{path}.{name}: {_short(target)} needs this argument and nothing gives it."
+
+
+def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:
+    """The class or function that a `_target_` names, imported only if its package is trusted.
+
+    Raises:
+        UserError: for a path outside the allow-list (before any import), or one that leads nowhere.
+    """
+    package = target.split(".")[0]
+    if package not in trusted:
+        raise UserError(
+            f"'{target}' is outside the trusted packages ({', '.join(trusted)}) and was not imported. "
+            f"If you trust it: trusted_packages=[{package}]"
+        )
+    if any(target == entry or target.startswith(entry if entry.endswith("_") else f"{entry}.") for entry in NEVER):
+        raise UserError(f"'{target}' may not be used in a configuration: it loads, compiles or starts things.")
+    module_name, _, name = target.rpartition(".")
+    module = _import_module(module_name, target)
+    made = getattr(module, name, None)
+    if made is None:
+        public = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
+        raise UserError(f"cannot import '{target}'.{_suggest(name, public, list_all=False)}")
+    if not callable(made):
+        raise UserError(f"'{target}' is not a class or function.")
+    origin = getattr(made, "__module__", None) or package
+    if origin.split(".")[0] not in trusted and origin != "builtins":
+        raise UserError(f"'{target}' leads to {origin}, which is outside the trusted packages.")
+    if origin == "builtins":
+        raise UserError(f"'{target}' is a built-in function of Python, which a configuration may not call.")
+    return typing.cast(Callable[..., Any], made)
+
+
+def _import_module(name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and not name.startswith(error.name):
+            raise UserError(f"'{target}' needs the package {error.name}, which is not installed.") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot import '{target}': {error}") from error
+    parent, _, last = name.rpartition(".")
+    if not parent:
+        raise UserError(f"cannot import '{target}'.")
+    outer = _import_module(parent, target)
+    inner = getattr(outer, last, None)
+    if isinstance(inner, type):  # a class method such as Class.build
+        return inner
+    known = [m.rsplit(".", 1)[1] for m in _submodules(parent)]
+    raise UserError(f"cannot import '{target}': {parent} has no module '{last}'.{_suggest(last, known)}")
+
+
+def _submodules(package: str) -> list[str]:
+    import pkgutil
+
+    path = getattr(importlib.import_module(package), "__path__", None)
+    return [m.name for m in pkgutil.iter_modules(path, f"{package}.")] if path else []
+
+
+def _hints(made: Callable[..., Any]) -> dict[str, Any]:
+    source = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(source)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _check_value(node: DictConfig, key: str, hint: Any, path: str) -> Iterator[str]:
+    if OmegaConf.is_missing(node, key):
+        return  # reported by the walk
+    try:
+        value = node[key]
+    except OmegaConfBaseException:
+        return  # reported by the walk
+    if not _fits(value, hint):
+        yield f"{path}: expected {_describe(hint)}, got {_show(value)}."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in _SCALARS:
+        return _SCALARS[hint](value)
+    return _fits_structure(value, origin or hint)
+
+
+_SCALARS: dict[Any, Callable[[Any], bool]] = {
+    bool: lambda v: isinstance(v, bool),
+    int: lambda v: isinstance(v, int) and not isinstance(v, bool),
+    float: lambda v: isinstance(v, int | float) and not isinstance(v, bool),
+    str: lambda v: isinstance(v, str),
+}
+
+
+def _fits_structure(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return True
+    if issubclass(kind, collections.abc.Mapping):
+        return isinstance(value, Mapping | DictConfig) and "_target_" not in value
+    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
+        return isinstance(value, list | tuple | ListConfig)
+    if issubclass(kind, str):
+        return isinstance(value, str)
+    return isinstance(value, DictConfig) and "_target_" in value  # an object: built from a node
+
+
+def _describe(hint: Any) -> str:
+    args = [a for a in typing.get_args(hint)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _describe(a) for a in args)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    kind = typing.get_origin(hint) or hint
+    name = getattr(kind, "__name__", str(kind))
+    if hint in _SCALARS:
+        return name
+    if isinstance(kind, type) and issubclass(kind, collections.abc.Mapping):
+        return "a mapping of named entries"
+    if kind in (list, tuple, collections.abc.Sequence):
+        return "a list"
+    return f"a node with _target_ (a {name})"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, DictConfig | ListConfig):
+        text = str(OmegaConf.to_container(value, resolve=False))
+        return text if len(text) < 80 else text[:77] + "..."
+    return f"{value!r} ({type(value).__name__})" if value is not None else "null"
+
+
+def _short(target: str) -> str:
+    return target.rsplit(".", 1)[-1]
+
+
+def _suggest(word: str, options: Sequence[str], *, list_all: bool = True) -> str:
+    close = get_close_matches(word, options, n=1)
+    text = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{text} Accepted: {', '.join(options)}." if list_all and options else text

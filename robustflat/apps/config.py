@@ -1,0 +1,139 @@
+"""The root of the configuration, its resolvers, and the identity of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import robustflat
+
+NOT_IDENTITY = (
+    "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
+    "trusted_packages", "dataset.device", "dataset.source.root", "dataset.source.download",
+    "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "trainer.log_every", "force", "explain",
+)  # fmt: skip
+"""What may change without making another run. A forgotten entry here costs a needless run; an include list
+would silently reuse the wrong one."""
+
+
+@dataclass
+class Root:
+    """The top level of every configuration. Groups are checked against constructors, scalars here."""
+
+    dataset: Any = None
+    model: Any = None
+    optimizer: Any = None
+    schedule: Any = None
+    attack: Any = None
+    trainer: Any = None
+    flatness: Any = None
+    evaluation: Any = None
+    logger: Any = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    name: str | None = None
+    outputs: str = "outputs"
+    data_root: str = "${oc.env:ROBUSTFLAT_DATA,data}"
+    force: bool = False
+    trusted_packages: list[str] = field(default_factory=list)
+
+
+def config_folder() -> Path:
+    """Folder of the YAML groups: inside the installed package, or beside it in a checkout."""
+    package = Path(robustflat.__file__).resolve().parent
+    inside, beside = package / "conf", package.parent / "conf"
+    return inside if inside.is_dir() else beside
+
+
+def register() -> None:
+    """Make the root schema and the resolvers known to Hydra and OmegaConf; may be called again."""
+    ConfigStore.instance().store(name="root", node=Root)
+    OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
+    OmegaConf.register_new_resolver("training_norm", _training_norm, replace=True)
+    OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda _root_: run_id(_root_), replace=True)
+
+
+def _training_norm(_root_: DictConfig) -> str:
+    """Norm of the training attack's ball: 'linf', 'l2' or 'l1'; 'linf' for training without attack."""
+    target = str(OmegaConf.select(_root_, "attack.ball._target_", default="")).lower()
+    return next((norm for norm in ("l2", "l1") if f".{norm}ball" in target), "linf")
+
+
+def run_name(config: DictConfig) -> str:
+    """Name of the experiment: `name` if given, else the chosen experiment file, else data set and trainer."""
+    if OmegaConf.select(config, "name", default=None):
+        return _safe_name(str(config.name))
+    choices = OmegaConf.select(config, "hydra.runtime.choices", default=None) or {}
+    chosen = [f"{group[10:]}{choice}" for group, choice in sorted(choices.items()) if _is_experiment(group, choice)]
+    if chosen:
+        return _safe_name("-".join(chosen))
+    return _safe_name(f"{choices.get('dataset', 'data')}-{choices.get('trainer', 'train')}")
+
+
+def _is_experiment(group: str, choice: object) -> bool:
+    return bool(choice) and (group == "experiment" or group.startswith("experiment/"))
+
+
+def _safe_name(text: str) -> str:
+    """Letters, digits, '.', '_' and '-' only, so that no name can leave the outputs folder."""
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip(".-")
+    return kept[:80] or "run"
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The part of the configuration that decides a run's result, as plain values with interpolations resolved."""
+    container = resolved(config)
+    for key in NOT_IDENTITY:
+        _remove(container, key.split("."))
+    return container
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, interpolations resolved where they can be, without Hydra's own node."""
+    masked = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    try:
+        container = OmegaConf.to_container(masked, resolve=True)
+    except OmegaConfBaseException:  # an unresolvable value: the check names it, the hash only has to exist
+        container = OmegaConf.to_container(masked, resolve=False)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def _remove(container: dict[str, Any], path: list[str]) -> None:
+    for key in path[:-1]:
+        child = container.get(key)
+        if not isinstance(child, dict):
+            return
+        container = child
+    container.pop(path[-1], None)
+
+
+def run_id(config: DictConfig) -> str:
+    """Eight hexadecimal digits that name the configuration's identity: same command, same run."""
+    return digest(identity(config))
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of a JSON-able mapping, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines 'key: value in a, value in b' for every leaf in which two nested mappings differ."""
+    for key in sorted({*a, *b}):
+        left, right = a.get(key, "absent"), b.get(key, "absent")
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            yield from differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}: {left} there, {right} here"

@@ -1,0 +1,120 @@
+"""The command line: `robustflat <application> ...`, and how every application starts and fails."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib import metadata
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from robustflat import __version__
+from robustflat.apps.config import config_folder, register
+from robustflat.apps.messages import complain, user_error_in
+
+APPLICATIONS = {
+    "train": "train, evaluate and measure one network, or a sweep of them (-m)",
+}
+
+
+def main() -> None:
+    """Entry point of the installed command `robustflat`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version"):
+        print(f"robustflat {__version__}")
+        sys.exit(0)
+    name = arguments[0]
+    if name not in APPLICATIONS:
+        close = get_close_matches(name, APPLICATIONS, n=1)
+        complain(f"There is no command '{name}'.{f' Did you mean {close[0]}?' if close else ''}\n\n{_overview()}")
+        sys.exit(2)
+    sys.argv = [f"{sys.argv[0]} {name}", *arguments[1:]]
+    run_application(name)
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in APPLICATIONS.items())
+    return (
+        f"Usage: robustflat COMMAND [GROUP=CHOICE ...] [KEY=VALUE ...]\n\n{lines}\n\n"
+        "robustflat COMMAND --help explains it."
+    )
+
+
+def run_application(name: str) -> None:
+    """Run an application; what a user can cause ends in a message and exit code 1, never in a traceback.
+
+    The application is the function `job` of the module `robustflat.apps.<name>`; it is called once, or once for
+    each combination of a sweep, with the configuration that `conf/<name>.yaml` composes.
+    """
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here; Hydra would print part of them and exit
+    try:
+        job = importlib.import_module(f"robustflat.apps.{name}").job
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+    except KeyboardInterrupt:
+        complain("Interrupted. The same command goes on from the last checkpoint.")
+        sys.exit(130)
+    except Exception as error:
+        message = _message(error, name)
+        if message is None:
+            raise
+        complain(message)
+        sys.exit(1)
+
+
+def _message(error: Exception, config_name: str) -> str | None:
+    """Sentence for an error that a user can cause; None for a bug of ours."""
+    cause = user_error_in(error)
+    if cause is not None:
+        return str(cause)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return str(error) + _suggest_key(str(error), config_name)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ImportError | RuntimeError) and "torchvision" in str(error):
+        return (
+            f"torch {metadata.version('torch')} and torchvision {metadata.version('torchvision')} do not work together "
+            f"({str(error).splitlines()[0]}). Install them as a pair: pip install --upgrade torch torchvision"
+        )
+    return None
+
+
+def _suggest_key(message: str, config_name: str) -> str:
+    """What to write instead: quotes around brackets; for a misspelt key, the keys that look most like it."""
+    if "input '['" in message:
+        return "\nA value with brackets needs quotes of its own: 'dataset.train=\"train[:2000]\"'"
+    if "Could not override" not in message:
+        return ""
+    wrong = message.split("'")[1]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        keys = _leaves(hydra.compose(config_name))
+    last = wrong.rsplit(".", 1)[-1]
+    close = [k for k in keys if k.rsplit(".", 1)[-1] == last] or get_close_matches(wrong, keys, n=3)
+    close = close or [k for k in keys if get_close_matches(last, [k.rsplit(".", 1)[-1]], n=1)]
+    return f"\nDid you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _leaves(node: DictConfig) -> list[str]:
+    """Dotted paths of all keys of a configuration, nested ones included."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, child in values.items():
+            yield f"{prefix}{key}"
+            if isinstance(child, dict):
+                yield from walk(child, f"{prefix}{key}.")
+
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    return list(walk({str(k): v for k, v in values.items()}, ""))

@@ -1,0 +1,181 @@
+"""A run's folder: who may write into it, which configuration it belongs to, and how its files are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import robustflat
+from robustflat.apps.config import differences
+from robustflat.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+
+class RunFolder:
+    """Folder of one run: config.yaml, provenance.json, metrics.jsonl, checkpoints/, results.json, DONE.
+
+    Opening takes a lock that ends with the process, so that two processes never write one run.
+
+    Args:
+        path: the folder; created if it is not there.
+        identity: the part of the configuration that decides the result (see `apps.config.identity`).
+
+    Raises:
+        UserError: if the folder belongs to another configuration, is in use, or cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._refuse_other_run(identity)
+        self._new = not path.exists() or not any(path.iterdir())
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until close()
+        except OSError as error:
+            raise UserError(
+                f"Cannot write into {path}: {error.strerror}. Choose another with outputs=<folder>."
+            ) from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.close()
+                raise UserError(f"Another process is working in {path}; wait for it or stop it first.") from error
+        if not (path / "identity.yaml").exists():
+            write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
+
+    def _refuse_other_run(self, identity: Mapping[str, Any]) -> None:
+        stored = self.path / "identity.yaml"
+        if not stored.exists():
+            return
+        try:
+            there = yaml.safe_load(stored.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{stored} is damaged; remove the folder {self.path} to start that run anew.") from error
+        lines = list(differences(there or {}, json.loads(json.dumps(identity, default=str))))
+        if lines:
+            text = "\n".join(f"  - {line}" for line in lines[:8])
+            raise UserError(
+                f"{self.path} holds a run with another configuration, which is left as it is:\n{text}\n"
+                "Choose another folder, or leave hydra.run.dir alone: each configuration then finds its own."
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of last.pt, previous.pt and the snapshots."""
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """Whether training has finished."""
+        return (self.path / "DONE").exists()
+
+    def mark_done(self) -> None:
+        """Say that training has finished; the last thing that training writes."""
+        write_text(self.path / "DONE", "training finished\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Content of a JSON file of the folder; empty if it is not there or damaged (it can be made again)."""
+        try:
+            value = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder in one step; not-a-number becomes null."""
+        write_text(self.path / name, json.dumps(_json_ready(value), indent=1, default=str) + "\n")
+
+    def abandon(self) -> None:
+        """Remove the folder if this process made it and nothing was trained in it."""
+        if self._new and not any(self.checkpoints.glob("*.pt")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.close()
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        UserError: if it cannot be written (a full disk, for example); the old file is intact.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+            temporary = Path(handle.name)
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path}: {error.strerror}. What was there before is intact.") from error
+
+
+def provenance(command: list[str]) -> dict[str, Any]:
+    """Where a result comes from: code version, package versions, machine and command (no time: see timings)."""
+    packages = ("torch", "torchvision", "hydra-core", "omegaconf", "numpy", "scipy", "h5py")
+    return {
+        "robustflat": robustflat.__version__,
+        **_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": command,
+        "executable": Path(sys.argv[0]).name,
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the checkout that this package was imported from, and a hash of what differs from it."""
+    folder = Path(robustflat.__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return answer.stdout
+
+    if git("ls-files", "--error-unmatch", "robustflat/__init__.py") is None:
+        return {"commit": None, "dirty": None}
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty": hashlib.sha256(diff.encode()).hexdigest()[:8] if diff else None,
+    }

@@ -1,0 +1,277 @@
+"""Train one network as configured, measure it, and say what came out: the job behind `python train.py`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+import robustflat
+from robustflat.apps.build import build, choose_device
+from robustflat.apps.check import require_valid
+from robustflat.apps.config import digest, identity, resolved
+from robustflat.apps.measure import measure
+from robustflat.apps.messages import complain
+from robustflat.apps.rules import check_together
+from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.summary import print_summary
+from robustflat.data.dataset import Dataset
+from robustflat.errors import UserError
+from robustflat.evaluation.periodic import PeriodicEvaluation
+from robustflat.evaluation.plan import EvaluationPlan
+from robustflat.loggers.base import Many
+from robustflat.loggers.console import ConsoleLogger
+from robustflat.loggers.jsonl import JsonlLogger
+from robustflat.reporting.plots import training_curves
+from robustflat.rng import Streams, derived_seed
+from robustflat.training.checkpoint import load_newest
+from robustflat.training.trainer import Trainer, TrainingStopped
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that one run needs, built and checked."""
+
+    config: DictConfig
+    folder: RunFolder
+    name: str
+    console: Console
+    dataset: Dataset
+    trainer: Trainer
+    logger: Many
+
+
+def job(config: DictConfig) -> float:
+    """Hydra's task function: train (or resume, or find done), measure, print.
+
+    Args:
+        config: the composed configuration.
+
+    Returns:
+        Robust error on the test split by the evaluation's first attack: what a sweeper may minimise.
+
+    Raises:
+        UserError: for whatever is wrong with configuration, data, checkpoint or folder.
+    """
+    context = HydraConfig.get()
+    path = Path(context.runtime.output_dir)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        results = run(config, path, command=list(context.overrides.task), console=console)
+    except UserError as error:
+        _remove_if_empty(path)
+        complain(str(error))
+        if context.mode is not None and context.mode.name == "MULTIRUN":
+            raise  # Hydra goes on with the other jobs and reports this one at the end
+        sys.exit(1)
+    return first_robust_error(results)
+
+
+def run(config: DictConfig, path: Path, *, command: list[str], console: Console) -> dict[str, Any]:
+    """One run in its folder: nothing is trained or measured twice.
+
+    Args:
+        config: composed configuration.
+        path: the run folder.
+        command: the overrides that the user gave, for the record.
+        console: where progress and summary go.
+
+    Returns:
+        The measured values, as in results.json.
+    """
+    require_valid(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config.device = choose_device(config.device)
+    check_together(config)
+    name = path.parent.name
+    folder = RunFolder(path, identity(config))
+    with closing(folder):
+        key = evaluation_key(config)
+        results = folder.read_json("results.json").get(key)
+        if folder.done and results and results["complete"] and not config.force:
+            console.print(f"This run is done (nothing was trained): {path}")
+        else:
+            try:
+                session = prepare(config, folder, name=name, command=command, console=console)
+            except BaseException:
+                folder.abandon()
+                raise
+            if not folder.done:
+                train(session)
+            try:
+                results = measure(session, key)
+            finally:
+                session.logger.finish("done")
+            _draw_curves(session)
+        print_summary(console, results, path, facts=results["facts"])
+    return results
+
+
+def evaluation_key(config: DictConfig) -> str:
+    """Name of the evaluation that a configuration asks for: the same values are not measured twice."""
+    values = resolved(config)
+    return digest({key: values.get(key) for key in ("evaluation", "flatness", "seed")})
+
+
+def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:
+    """Build everything, cheapest first and data last, and load the newest checkpoint if there is one."""
+    torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
+    make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
+    attack, make_trainer = build(config.attack), build(_without_callbacks(config.trainer), _partial_=True)
+    callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
+    logger = _logger(config, folder, name, console)
+    model = seeded_model(config).to(config.device)
+    dataset: Dataset = build(config.dataset)
+    require_splits(config, dataset)
+    console.print(dataset.describe(), markup=False)
+    streams = Streams(config.seed, config.device)
+    steps = len(stream := dataset.train_stream(streams)) * config.trainer.epochs
+    console.print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps:,} steps, device {config.device}, "
+        f"{torch.get_num_threads()} threads, seed {config.seed}\nrun folder {folder.path}",
+        markup=False,
+        soft_wrap=True,
+    )
+    trainer: Trainer = make_trainer(
+        model=model,
+        data=stream,
+        attack=attack,
+        make_optimizer=make_optimizer,
+        make_schedule=make_schedule,
+        logger=logger,
+        streams=streams,
+        folder=folder.checkpoints,
+        callbacks={name: c(dataset) if isinstance(c, functools.partial) else c for name, c in callbacks.items()},
+    )
+    trainer.meta = {"config": OmegaConf.to_yaml(config, resolve=True), "robustflat": robustflat.__version__}
+    session = Session(config, folder, name, console, dataset, trainer, logger)
+    write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
+    _resume(session)
+    return session
+
+
+def require_splits(config: DictConfig, dataset: Dataset) -> None:
+    """Ask for every split that the evaluation will need, so that a mistake shows before training, not after."""
+    plan: EvaluationPlan = build(config.evaluation)
+    for key, text in {**plan.splits, "flatness": plan.flatness_split}.items():
+        try:
+            if text is not None:
+                dataset.split(text)
+        except UserError as error:
+            raise UserError(f"evaluation.{key}: {error}") from error
+
+
+def _without_callbacks(node: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "callbacks"])
+
+
+def seeded_model(config: DictConfig) -> nn.Module:
+    """The configured network with initial weights that depend on the run's seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "model"))
+        model: nn.Module = build(config.model)
+    return model
+
+
+def _logger(config: DictConfig, folder: RunFolder, name: str, console: Console) -> Many:
+    """metrics.jsonl and the terminal always, and the configured one besides."""
+    made = build(config.logger)
+    if isinstance(made, functools.partial):
+        known = {"run_id": folder.path.name, "group": name, "config": resolved(config), "folder": folder.path}
+        takes = inspect.signature(made.func).parameters
+        made = made(**{key: value for key, value in known.items() if key in takes})
+    progress = ConsoleLogger(epochs=config.trainer.epochs, console=console)
+    return Many([JsonlLogger(folder.path / "metrics.jsonl"), made, progress])
+
+
+def _resume(session: Session) -> None:
+    newest = load_newest(session.folder.checkpoints)
+    if newest is None:
+        session.logger.rewind(0)
+        return
+    if newest.message:
+        session.console.print(newest.message, style="yellow", markup=False)
+    session.trainer.load_state_dict(newest.parts)
+    session.logger.rewind(session.trainer.step)
+    if not session.folder.done:
+        session.console.print(f"going on after epoch {session.trainer.epoch} of {session.config.trainer.epochs}")
+
+
+def train(session: Session) -> None:
+    """Train to the end, saving after each epoch, then mark the run as done."""
+    status, start = "failed", time.perf_counter()
+    try:
+        with _stopping_politely(session.trainer):
+            session.trainer.fit()
+        status = "done"
+    except (KeyboardInterrupt, TrainingStopped):
+        status = "interrupted"
+        raise
+    finally:
+        if status != "done":
+            session.trainer.logger.finish(status)
+    session.folder.mark_done()
+    session.console.print(f"trained in {time.perf_counter() - start:.0f} s")
+
+
+@contextmanager
+def _stopping_politely(trainer: Trainer) -> Iterator[None]:
+    """Let SIGTERM (a scheduler that takes the machine back) end training before its next step."""
+
+    def stop(*_: object) -> None:
+        trainer.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _draw_curves(session: Session) -> None:
+    rows = [
+        {name.removeprefix("evaluation/"): value for name, value in row.items()}
+        for callback in session.trainer.callbacks.values()
+        if isinstance(callback, PeriodicEvaluation)
+        for row in callback.history
+    ]
+    if rows:
+        title = f"{session.name}, seed {session.config.seed}"
+        training_curves([rows], session.folder.path / "curves.png", title=title)
+
+
+def first_robust_error(results: Mapping[str, Any]) -> float:
+    """Robust error on the test split by the first attack of the first weights; NaN if none was measured."""
+    for measured in results["weights"].values():
+        for values in measured.get("test", {}).values():
+            if isinstance(values, Mapping) and "robust_error" in values:
+                return float(values["robust_error"])
+    return float("nan")
+
+
+def _remove_if_empty(path: Path) -> None:
+    """Take back the folders that Hydra made for a run that never began."""
+    for folder in (path, path.parent):
+        try:
+            folder.rmdir()
+        except OSError:
+            return

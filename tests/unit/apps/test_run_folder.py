@@ -1,0 +1,71 @@
+"""Run folders: atomic files, one owner, one configuration."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+
+from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.errors import UserError
+
+
+def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_has_no_nan_and_a_damaged_file_counts_as_absent(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    folder.write_json("r.json", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
+    assert json.loads((tmp_path / "run" / "r.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
+    (tmp_path / "run" / "r.json").write_text('{"a": ')
+    assert folder.read_json("r.json") == {}
+    assert folder.read_json("absent.json") == {}
+    folder.close()
+
+
+def test_one_configuration_per_folder(tmp_path):
+    RunFolder(tmp_path, {"trainer": {"epochs": 2}, "x": [1]}).close()
+    RunFolder(tmp_path, {"trainer": {"epochs": 2}, "x": [1]}).close()
+    with pytest.raises(UserError, match=r"trainer\.epochs: 2 there, 3 here"):
+        RunFolder(tmp_path, {"trainer": {"epochs": 3}, "x": [1]})
+
+
+def test_a_damaged_identity_is_named(tmp_path):
+    (tmp_path / "identity.yaml").write_text("a: [1, 2\nb: }")
+    with pytest.raises(UserError, match="damaged"):
+        RunFolder(tmp_path, {"a": 1})
+
+
+def test_one_owner_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    first = RunFolder(tmp_path, {"a": 1})
+    with pytest.raises(UserError, match="Another process"):
+        RunFolder(tmp_path, {"a": 1})
+    first.close()
+    RunFolder(tmp_path, {"a": 1}).close()
+
+
+def test_a_place_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"outputs=<folder>"):
+        RunFolder(tmp_path / "file" / "run", {"a": 1})
+
+
+def test_provenance_names_versions_and_command():
+    found = provenance(["trainer=at"])
+    assert found["command"] == ["trainer=at"]
+    assert {"torch", "hydra-core"} <= found["packages"].keys()
+    assert found["commit"] is None or len(found["commit"]) == 40
