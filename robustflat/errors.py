@@ -64,6 +64,5 @@ def require_one_of(name: str, value: object, allowed: Collection[str], *, hint: 
     close = get_close_matches(str(value), list(allowed), n=1)
     suggestion = f" Did you mean '{close[0]}'?" if close else ""
     raise UserError(
-        f"{name} must be one of {', '.join(sorted(allowed))}, got {value!r}.{suggestion}"
-        f"{' ' + hint if hint else ''}"
+        f"{name} must be one of {', '.join(sorted(allowed))}, got {value!r}.{suggestion}{' ' + hint if hint else ''}"
     )

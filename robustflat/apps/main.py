@@ -62,6 +62,9 @@ def run_application(name: str) -> None:
     try:
         job = importlib.import_module(f"robustflat.apps.{name}").job
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         complain("Interrupted. The same command goes on from the last checkpoint.")
         sys.exit(130)

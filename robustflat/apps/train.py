@@ -42,6 +42,11 @@ from robustflat.training.checkpoint import load_newest
 from robustflat.training.trainer import Trainer, TrainingStopped
 
 
+DEFAULT_THREADS = torch.get_num_threads()  # before any job of a sweep changes it
+SMALL_BATCH = 2**15
+"""Numbers in a batch of images below which one thread is faster than two (8x8 digits: 4,096)."""
+
+
 @dataclass(frozen=True)
 class Session:
     """Everything that one run needs, built and checked."""
@@ -94,8 +99,6 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         The measured values, as in results.json.
     """
     require_valid(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     config.device = choose_device(config.device)
     check_together(config)
     name = path.parent.name
@@ -138,6 +141,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     model = seeded_model(config).to(config.device)
     dataset: Dataset = build(config.dataset)
     require_splits(config, dataset)
+    torch.set_num_threads(config.threads or sensible_threads(dataset))
     console.print(dataset.describe(), markup=False)
     streams = Streams(config.seed, config.device)
     steps = len(stream := dataset.train_stream(streams)) * config.trainer.epochs
@@ -164,6 +168,14 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
     _resume(session)
     return session
+
+
+def sensible_threads(dataset: Dataset) -> int:
+    """Threads for `threads=0`: one where a batch is too small to be shared between cores, else torch's choice.
+
+    On digits two threads of a busy two-core machine took several times as long as one, waiting for each other.
+    """
+    return 1 if dataset.batch_size * dataset.train.images[0].numel() < SMALL_BATCH else DEFAULT_THREADS
 
 
 def require_splits(config: DictConfig, dataset: Dataset) -> None:

@@ -286,6 +286,7 @@ class _Clock:
         self.images = self.steps = 0
         self._start = self._last = time.perf_counter()
         self._last_images = 0
+        self._rate = 0.0
 
     def skip(self) -> None:
         """Leave the time since the last reading, spent on evaluating and saving, out of the speed."""
@@ -293,13 +294,13 @@ class _Clock:
 
     def read(self, steps_left: int) -> dict[str, float]:
         now = time.perf_counter()
-        rate = (self.images - self._last_images) / max(now - self._last, 1e-9)
-        if self.images > self._last_images:
+        if self.images > self._last_images:  # the end of an epoch may follow another read at once
+            self._rate = (self.images - self._last_images) / max(now - self._last, 1e-9)
             self._last, self._last_images = now, self.images
         seconds = now - self._start
         return {
             "time/seconds": seconds,
-            "time/images_per_second": rate,
+            "time/images_per_second": self._rate,
             "time/seconds_left": seconds / max(self.steps, 1) * steps_left,
         }
 
