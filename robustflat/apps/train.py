@@ -41,7 +41,6 @@ from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
 from robustflat.training.trainer import Trainer, TrainingStopped
 
-
 DEFAULT_THREADS = torch.get_num_threads()  # before any job of a sweep changes it
 SMALL_BATCH = 2**15
 """Numbers in a batch of images below which one thread is faster than two (8x8 digits: 4,096)."""

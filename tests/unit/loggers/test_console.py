@@ -35,7 +35,7 @@ def test_evaluations_get_a_line_of_their_own_with_the_errors(stream):
     logger = logger_for(stream, terminal=False)
     logger.log({"evaluation/test_robust_error": 0.25, "evaluation/test_loss": 1.5, "time/seconds": 3.0}, step=7)
     logger.log({"flatness/average": 0.5}, step=8)
-    assert stream.getvalue() == "step 7  test_robust_error 25.0%\nstep 8  flatness/average 0.5\n"
+    assert stream.getvalue() == "step 7  test_robust_error 25.0%\nstep 8  flatness/average 0.500\n"
 
 
 def test_only_timings_print_nothing(stream):
