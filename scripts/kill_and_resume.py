@@ -9,6 +9,7 @@ bit for bit, prints every difference, and exits with 1 if there is any.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import signal
 import subprocess
@@ -36,23 +37,42 @@ def main() -> None:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> list[str]:
-    """Differences between a run killed `kills` times in `folder` and an uninterrupted one; empty if there are none."""
+    """Differences between runs killed `kills` times in all and an uninterrupted one; empty if there are none.
+
+    Every kill meets a run that is not done: where a run ends before its turn, it is compared, and the kills go on
+    in a fresh one.
+    """
     start = time.monotonic()
-    subprocess.run(command(folder / "whole", overrides), check=True, stdout=subprocess.DEVNULL)
+    whole = run(folder / "whole", overrides)
     seconds = time.monotonic() - start
-    moments = random.Random(seed)
-    for number in range(kills):
-        process = subprocess.Popen(command(folder / "killed", overrides), stdout=subprocess.DEVNULL)
-        wait = moments.uniform(0, seconds)
-        try:
-            process.wait(timeout=wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        print(f"kill {number + 1} after {wait:.1f} s: {progress(folder / 'killed')}", flush=True)
-    subprocess.run(command(folder / "killed", overrides), check=True, stdout=subprocess.DEVNULL)
-    (whole,), (killed,) = ((folder / side).glob("*/*") for side in ("whole", "killed"))
-    return compare_runs(whole, killed)
+    moments, left, differences = random.Random(seed), kills, []
+    for number in itertools.count():
+        outputs = folder / f"killed-{number}"
+        while left and killed(outputs, overrides, moments.uniform(0, seconds)):
+            left -= 1
+            print(f"kill {kills - left}: {progress(outputs)}", flush=True)
+        differences += compare_runs(whole, run(outputs, overrides))
+        if not left:
+            return differences
+    raise AssertionError("itertools.count never ends")
+
+
+def run(outputs: Path, overrides: list[str]) -> Path:
+    """Train to the end; returns the run folder."""
+    subprocess.run(command(outputs, overrides), check=True, stdout=subprocess.DEVNULL)
+    (folder,) = outputs.glob("*/*")
+    return folder
+
+
+def killed(outputs: Path, overrides: list[str], seconds: float) -> bool:
+    """Start the run and kill it after `seconds`; whether that met it before it was done."""
+    process = subprocess.Popen(command(outputs, overrides), stdout=subprocess.DEVNULL)
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return not list(outputs.glob("*/*/DONE"))
 
 
 def command(outputs: Path, overrides: list[str]) -> list[str]:

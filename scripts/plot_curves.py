@@ -3,7 +3,7 @@
     python train.py -m seed=0,1,2,3,4
     python scripts/plot_curves.py outputs/digits-at/* --output docs/robust_overfitting.png
 
-Prints train and test RLoss at the best and at the last epoch too.
+Prints train and test RLoss and RErr at the first, the best and the last epoch, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
         parser.error("none of these folders has a metrics.jsonl with evaluations")
     training_curves(histories, arguments.output, title=arguments.title or f"{len(histories)} runs, mean and spread")
     print(f"{arguments.output}: {len(histories)} runs")
-    for epoch in sorted({1.0, best_epoch(histories), histories[0][-1]["epoch"]}):
+    for epoch in sorted({histories[0][0]["epoch"], best_epoch(histories), histories[0][-1]["epoch"]}):
         print(f"epoch {epoch:.0f}: " + ", ".join(described(histories, epoch)))
 
 

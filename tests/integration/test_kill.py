@@ -23,18 +23,18 @@ def script(name: str) -> ModuleType:
 def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
     overrides = [a for a in TINY if "epochs" not in a] + [
         "trainer=weight_averaging",
-        "trainer.epochs=30",
+        "trainer.epochs=12",
         "trainer.loss.label_noise=0.1",
         "threads=1",
     ]
-    assert script("kill_and_resume").kill_and_resume(tmp_path, 3, 0, overrides) == []
+    assert script("kill_and_resume").kill_and_resume(tmp_path, 2, 0, overrides) == []
 
 
 def test_a_difference_would_be_seen(tmp_path):
     module = script("kill_and_resume")
     short = [*TINY, "trainer.epochs=1", "threads=1"]
     assert module.kill_and_resume(tmp_path, 0, 0, short) == []
-    metrics = next((tmp_path / "killed").glob("*/*/metrics.jsonl"))
+    metrics = next((tmp_path / "killed-0").glob("*/*/metrics.jsonl"))
     metrics.write_text(metrics.read_text().replace("1", "2", 1))
-    (whole,), (killed,) = ((tmp_path / side).glob("*/*") for side in ("whole", "killed"))
+    (whole,), (killed,) = ((tmp_path / side).glob("*/*") for side in ("whole", "killed-0"))
     assert any("metrics.jsonl" in line for line in module.compare_runs(whole, killed))
