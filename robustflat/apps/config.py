@@ -18,7 +18,8 @@ import robustflat
 NOT_IDENTITY = (
     "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
     "trusted_packages", "dataset.device", "dataset.source.root", "dataset.source.download",
-    "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "trainer.log_every", "force", "explain",
+    "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "dataset.source.cache",
+    "trainer.log_every", "force", "explain",
 )  # fmt: skip
 """What may change without making another run. A forgotten entry here costs a needless run; an include list
 would silently reuse the wrong one."""

@@ -180,6 +180,7 @@ def sensible_threads(dataset: Dataset) -> int:
 def require_splits(config: DictConfig, dataset: Dataset) -> None:
     """Ask for every split that the evaluation will need, so that a mistake shows before training, not after."""
     plan: EvaluationPlan = build(config.evaluation)
+    dataset.sets  # noqa: B018  # what is wrong with the data itself is said before any split is
     for key, text in {**plan.splits, "flatness": plan.flatness_split}.items():
         try:
             if text is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from robustflat.data.hdf5 import (
     KEY,
     as_eight_bit,
+    nhwc_to_nchw,
     read_images,
     read_labels,
     require_plausible_size,
@@ -92,7 +93,7 @@ class ArrayFiles:
     def _images(self, path: Path, split: str) -> Tensor:
         if _is_hdf5(path):
             nhwc = read_images(path, self.images_key or KEY)
-            return torch.from_numpy(nhwc).permute(0, 3, 1, 2).contiguous()
+            return nhwc_to_nchw(nhwc)
         stored = open_array(path, _keys(self.images_key, image_keys(split)))
         channels_first = np.moveaxis(
             with_channels(path, stored, self.layout), channel_axis(path, stored, self.layout), 1

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from robustflat.data.images import ImageSet
 from robustflat.errors import DataError
@@ -27,6 +28,7 @@ MAX_BYTES = 64 * 2**30
 """Largest array that is read: 64 GiB, ten times the 500,000 extra images as float32."""
 
 _CHUNK_BYTES = 64 * 2**20
+_REARRANGED_BYTES = 2**22
 _MAX_COMPRESSION = 2000  # deflate cannot pack more than about 1,030 : 1
 _MIN_DECLARED = 16 * 2**20  # below this a wrong declaration does no harm
 _EIGHT_BIT_TOLERANCE = 1e-4
@@ -62,8 +64,25 @@ def read_set(folder: Path, split: str, *, name: str, classes: int, class_names: 
     images, labels = read_images(image_file), read_labels(label_file, classes)
     if len(images) != len(labels):
         raise DataError(f"{image_file} has {len(images)} images, but {label_file} has {len(labels)} labels.")
-    nchw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(nchw, torch.from_numpy(labels), f"{name} {split}", classes, class_names)
+    return ImageSet(nhwc_to_nchw(images), torch.from_numpy(labels), f"{name} {split}", classes, class_names)
+
+
+def nhwc_to_nchw(images: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
+    """Rearrange N x H x W x C to N x C x H x W in the array's own memory, some rows at a time.
+
+    Args:
+        images: contiguous; its content is rearranged, so the array itself is of no use afterwards.
+
+    Returns:
+        (N, C, H, W), sharing the memory of `images`: a data set is never in memory twice.
+    """
+    count, height, width, channels = images.shape
+    flat = images.reshape(count, -1)
+    rows = max(1, _REARRANGED_BYTES // max(1, flat[:1].nbytes))
+    for start in range(0, count, rows):
+        part = images[start : start + rows].transpose(0, 3, 1, 2).reshape(-1, flat.shape[1])
+        flat[start : start + rows] = part
+    return torch.from_numpy(flat.reshape(count, channels, height, width))
 
 
 def write_set(folder: Path, split: str, data: ImageSet) -> None:

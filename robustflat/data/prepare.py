@@ -1,6 +1,7 @@
 """Download public data sets, convert them to the HDF5 layout and verify the result.
 
     python scripts/prepare_data.py cifar10 mnist --root data
+    python scripts/prepare_data.py dataset=cifar10
     python scripts/prepare_data.py tinyimages500k --root data --pickle 500k_pseudolabeled.pickle
 
 What is finished is kept: after an interruption, the same command goes on.
@@ -57,7 +58,14 @@ def prepare(name: str, root: str, pickled: Path | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare every data set named on the command line; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(SOURCES), metavar="NAME", help=", ".join(SOURCES))
+    parser.add_argument(
+        "names",
+        nargs="+",
+        type=lambda text: text.removeprefix("dataset="),  # as the other commands spell it
+        choices=sorted(SOURCES),
+        metavar="NAME",
+        help=f"{', '.join(SOURCES)}; dataset=NAME is the same",
+    )
     parser.add_argument("--root", default="data", help="folder that holds the data sets (default: data)")
     parser.add_argument("--pickle", type=Path, help="500k_pseudolabeled.pickle, for tinyimages500k")
     options = parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from robustflat.data import hdf5
 from robustflat.data.hdf5 import (
     has_split,
+    nhwc_to_nchw,
     read_images,
     read_labels,
     read_set,
@@ -264,3 +265,14 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="Cannot write"):
         write_array(tmp_path / "file" / "x.h5", bytes_images())
+
+
+def test_rearranging_some_rows_at_a_time_equals_a_transposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = bytes_images(11)
+    expected = images.transpose(0, 3, 1, 2).copy()
+    for size in (1, 200, 10**6):
+        monkeypatch.setattr(hdf5, "_REARRANGED_BYTES", size)
+        own = images.copy()
+        found = nhwc_to_nchw(own)
+        assert np.array_equal(found.numpy(), expected)
+        assert np.shares_memory(found.numpy(), own)

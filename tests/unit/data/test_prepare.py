@@ -59,3 +59,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["cifar11"])
     assert "cifar10" in capsys.readouterr().err
+
+
+def test_a_data_set_may_be_named_as_the_other_commands_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((4, 1, 28, 28), 51, dtype=torch.uint8), torch.arange(4)
+
+    monkeypatch.setattr(downloads, "fetch_mnist", fetch)
+    monkeypatch.setattr(downloads, "fetch_fashion_mnist", fetch)
+    assert main(["dataset=mnist", "fashion_mnist", "--root", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} >= {"mnist", "fashion_mnist"}
+    with pytest.raises(SystemExit):
+        main(["dataset=cifar11"])
+    assert "cifar10" in capsys.readouterr().err
