@@ -125,9 +125,17 @@ def run_id(config: DictConfig) -> str:
 
 
 def digest(value: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of a JSON-able mapping, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, default=str)
+    """Eight hexadecimal digits of a JSON-able mapping, independent of the order of keys and of 1 being written 1.0."""
+    text = json.dumps(_canonical(value), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _canonical(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

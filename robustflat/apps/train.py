@@ -36,6 +36,7 @@ from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.loggers.base import Many
 from robustflat.loggers.console import ConsoleLogger
 from robustflat.loggers.jsonl import JsonlLogger
+from robustflat.models.inference import keep_freed_memory
 from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
@@ -141,6 +142,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     dataset: Dataset = build(config.dataset)
     require_splits(config, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
+    keep_freed_memory()
     console.print(dataset.describe(), markup=False)
     streams = Streams(config.seed, config.device)
     steps = len(stream := dataset.train_stream(streams)) * config.trainer.epochs

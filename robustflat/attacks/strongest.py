@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
-from robustflat.errors import require_one_of
+from robustflat.errors import UserError, require_one_of
+from robustflat.models.inference import PRECISIONS, rewrite
 from robustflat.models.precision import exact_float32
 from robustflat.types import Attack
+
+SEARCHES = ("plain", *PRECISIONS)
+"""What an attack searches on: the model itself, or a rewritten copy (see `robustflat.models.inference`)."""
+
+EXAMPLES = 8
+"""Images on which a rewritten copy is compared with the model."""
 
 SELECT = ("cross_entropy", "confident_wrong")
 """Which restart is the strongest: highest cross-entropy (paper), or most confident wrong class (released)."""
@@ -53,6 +60,7 @@ def strongest(
     restarts: int = 1,
     select: str = "cross_entropy",
     generator: torch.Generator | None = None,
+    search: str = "plain",
 ) -> Strongest:
     """Run an attack `restarts` times and keep, per example, the strongest result; ties keep the earlier one.
 
@@ -63,13 +71,15 @@ def strongest(
         restarts: number of runs, >= 1.
         select: one of `SELECT`.
         generator: source of the attack's draws, on the images' device.
+        search: one of `SEARCHES`; a rewritten copy is faster, and the plain model judges in every case.
 
     Returns:
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
     """
     best: Strongest | None = None
+    searched = search_model(model, x, search)
     for _ in range(restarts):
-        x_adv = attack(model, x, y, generator=generator).x_adv.detach()
+        x_adv = attack(searched, x, y, generator=generator).x_adv.detach()
         new = Strongest(x_adv, judged_logits(model, x_adv))
         if best is None:
             best = new
@@ -78,3 +88,34 @@ def strongest(
         best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
     assert best is not None, "restarts is at least 1"
     return best
+
+
+def search_model(model: nn.Module, x: Tensor, search: str) -> nn.Module:
+    """The model itself, or a copy rewritten for searching around images like x (B, C, H, W).
+
+    Where bf16 would change the logits beyond use, as it may far from the trained weights, the copy is in float32.
+
+    Raises:
+        UserError: for another `search`, or a model that cannot be copied.
+    """
+    require_one_of("search", search, SEARCHES)
+    if search == "plain" or not len(x):
+        return model
+    with held_still(model):
+        if search == "fp32":
+            return _rewritten(model, x[:EXAMPLES], search)
+        try:
+            return _rewritten(model, x[:EXAMPLES], search)
+        except UserError:
+            return _rewritten(model, x[:EXAMPLES], "fp32")
+
+
+@torch.no_grad()
+def _rewritten(model: nn.Module, few: Tensor, precision: str) -> nn.Module:
+    """A copy that really takes the images: a network that uses `view` may not take them channels-last."""
+    try:
+        changed = rewrite(model, few, precision=precision)
+        changed(few)
+    except RuntimeError:
+        return rewrite(model, few, precision=precision, channels_last=False)
+    return changed

@@ -115,6 +115,12 @@ def test_equal_values_are_one_run_however_they_are_written(compose):
     assert a == run_id(compose("dataset=cifar10"))
 
 
+def test_whole_numbers_are_one_run_with_and_without_a_point(compose):
+    a, b = (run_id(compose(f"trainer.loss.label_smoothing={text}")) for text in ("0", "0.0"))
+    assert a == b == run_id(compose())
+    assert digest({"a": True}) != digest({"a": 1})
+
+
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
 

@@ -1,0 +1,161 @@
+"""The 74 experiments of the paper: each composes to what its row says, and each method really trains."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from robustflat.apps.build import build
+from robustflat.apps.check import check
+from robustflat.apps.config import config_folder, run_name
+from robustflat.apps.rules import check_together
+from robustflat.loggers.base import Null
+from robustflat.rng import Streams
+from robustflat.training.trainer import Trainer
+from tests.config.conftest import Compose
+
+FOLDER = config_folder() / "experiment" / "iccv21"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+GOLDEN = Path(__file__).parents[1] / "golden" / "iccv21.yaml"
+REGENERATE = "ROBUSTFLAT_REGENERATE"
+"""Environment variable; with 1, the golden file is written instead of compared."""
+
+ONE_OF_EACH_METHOD = [
+    "at", "adam", "awp_001", "cyclic_2", "entropy_sgd_l2", "label_noise_04", "label_smoothing_03", "late", "mart_6",
+    "only_correct", "pgd_tau_3", "predicted_labels", "self_supervision_4", "trades_6", "weight_averaging_09975",
+    "weight_clipping_0005",
+]  # fmt: skip
+TINY = [
+    "device=cpu", "model.channels=2", "trainer.callbacks.evaluation=null",
+    "trainer.callbacks.checkpoint=null", "trainer.callbacks.snapshots=null", "attack.steps=1",
+]  # fmt: skip
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix.removesuffix("."): node}
+    return {key: value for name, child in node.items() for key, value in leaves(child, f"{prefix}{name}.").items()}
+
+
+def resolved_leaves(config: Any) -> dict[str, Any]:
+    return leaves(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def differences(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What an experiment changes in the baseline: key -> value, "(absent)" for what it removes."""
+    changed = {key: value for key, value in own.items() if key not in base or base[key] != value}
+    return dict(sorted((changed | {key: "(absent)" for key in base if key not in own}).items()))
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+
+def write_golden(name: str, changed: dict[str, Any]) -> None:
+    GOLDEN.parent.mkdir(exist_ok=True)
+    text = yaml.safe_dump({**golden(), name: changed}, sort_keys=True, width=120)
+    comment = f"# Differences of each experiment from iccv21/at. To write it anew: {REGENERATE}=1 pytest -n 0 {__file__}"
+    GOLDEN.write_text(f"{comment.replace(str(GOLDEN.parents[2]) + '/', '')}\n{text}")
+
+
+@pytest.fixture
+def baseline(compose: Compose) -> dict[str, Any]:
+    return resolved_leaves(compose("+experiment=iccv21/at"))
+
+
+def test_there_is_one_file_for_each_of_the_74_rows():
+    rows = set()
+    for name in NAMES:
+        text = (FOLDER / f"{name}.yaml").read_text()
+        rows.add(text.split("table of all models, row ")[1].split(";")[0].split(".\n")[0])
+    assert len(NAMES) == len(rows) == 74
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_is_valid_and_differs_from_the_baseline_as_the_golden_file_says(compose, baseline, name):
+    config = compose(f"+experiment=iccv21/{name}")
+    assert check(config) == []
+    check_together(config)
+    header = (FOLDER / f"{name}.yaml").read_text()
+    assert f"python train.py +experiment=iccv21/{name}\n" in header
+    assert "Expected: RErr" in header
+    changed = differences(baseline, resolved_leaves(config))
+    if os.environ.get(REGENERATE) == "1":
+        write_golden(name, changed)
+    assert changed == golden()[name]
+
+
+def test_no_two_experiments_are_the_same():
+    changed = {name: repr(values) for name, values in golden().items()}
+    assert sorted(changed) == NAMES
+    assert len(set(changed.values())) == len(NAMES)
+    assert [name for name, text in changed.items() if text == "{}"] == ["at"]
+
+
+def test_the_baseline_is_that_of_the_paper(compose):
+    config = compose("+experiment=iccv21/at")
+    optimizer, attack = config.optimizer, config.attack
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.05, 0.9, 0.0005)
+    assert (config.trainer.epochs, config.dataset.batch_size) == (150, 128)
+    assert [round(150 * fraction) for fraction in config.schedule.fractions] == [60, 90, 120]
+    assert (attack.steps, attack.step_size, attack.ball.epsilon) == (7, 0.007, 8 / 255)
+    assert config.evaluation.attacks.pgd20.steps == 20
+    assert (config.model.norm, config.model.channels) == ("rebn", 64)
+
+
+def test_runs_are_named_after_the_experiment(compose):
+    assert run_name(compose("+experiment=iccv21/trades_6", hydra_node=True)) == "iccv21-trades_6"
+
+
+def test_the_command_line_wins_over_an_experiment(compose):
+    config = compose("+experiment=iccv21/trades_6", "trainer.loss.beta=2.5", "schedule=cosine", "dataset=synthetic")
+    assert config.trainer.loss.beta == 2.5
+    assert config.schedule._target_.endswith("cosine")
+    assert config.dataset._target_.endswith("Dataset") and config.dataset.source._target_.endswith("Synthetic")
+
+
+def two_steps(compose: Compose, name: str) -> Trainer:
+    """The experiment on eight made-up images, two steps of four, with its own method and a two-channel network."""
+    cycles = int(name.rpartition("_")[2]) if name.startswith("cyclic") else 1  # a cycle needs two steps
+    source = ["dataset.source.size=8", "dataset.source.count=8", "dataset.source.test_count=4", "dataset.batch_size=4"]
+    config = compose(f"+experiment=iccv21/{name}", "dataset=synthetic", *source, *TINY, f"trainer.epochs={cycles}")
+    streams = Streams(0)
+    node = OmegaConf.masked_copy(config.trainer, [k for k in config.trainer if k != "callbacks"])
+    callbacks = {k: build(v) for k, v in config.trainer.callbacks.items() if v is not None}
+    trainer: Trainer = build(node, _partial_=True)(
+        model=build(config.model),
+        data=build(config.dataset).train_stream(streams),
+        attack=build(config.attack),
+        make_optimizer=build(config.optimizer),
+        make_schedule=build(config.schedule),
+        logger=Null(),
+        streams=streams,
+        callbacks=callbacks,
+    )
+    trainer.fit()
+    return trainer
+
+
+def require_trained(trainer: Trainer) -> None:
+    assert trainer.step == 2 * trainer.epochs
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert trainer.history[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_METHOD)
+def test_each_method_runs_two_steps(compose, name):
+    torch.manual_seed(0)
+    require_trained(two_steps(compose, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ONE_OF_EACH_METHOD])
+def test_every_other_experiment_runs_two_steps(compose, name):
+    torch.manual_seed(0)
+    require_trained(two_steps(compose, name))

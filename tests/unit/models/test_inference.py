@@ -1,0 +1,194 @@
+"""The rewritten network against the plain one: logits, gradients, and what must not be folded."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.models.inference import keep_freed_memory, rewrite
+from robustflat.models.norms import ReBatchNorm
+from robustflat.models.resnet import resnet18
+from tests.reference.models import cnn_cifar10
+
+SHAPE = (3, 8, 8)
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts as after some training: none of them 0 or 1."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.3, 2.0),
+                (module.weight, 0.4, 1.2),
+                (module.bias, -0.3, 0.3),
+            ):
+                if tensor is not None:
+                    tensor.data = low + (high - low) * torch.rand(tensor.shape, generator=generator)
+    return model.eval()
+
+
+def gradient(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).square().sum(), x)
+    return slope
+
+
+@pytest.mark.parametrize("norm", ["bn", "rebn", "fixedbn"])
+def test_residual_network_folds_completely_and_keeps_logits_and_gradients(norm: str) -> None:
+    model = trained(resnet18(classes=5, channels=4, norm=norm, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))).double()
+    before = copy.deepcopy(model.state_dict())
+    x = images(9).double()  # in float64 no rounding flips a rectifier
+    fast = rewrite(model, x[:4])
+    assert fast.notes == ("20 of 20 batch norms folded",)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(fast, x), gradient(model, x), rtol=1e-7, atol=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_reference_network_keeps_every_prediction(channels_last: bool) -> None:
+    model, x, _ = cnn_cifar10()
+    fast = rewrite(model, x[:4], channels_last=channels_last)
+    assert fast.notes == ("3 of 3 batch norms folded",)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
+
+
+def test_bf16_comes_close_and_gives_float32_logits() -> None:
+    model, x, _ = cnn_cifar10()
+    fast = rewrite(model, x[:4], precision="bf16")
+    with torch.no_grad():
+        rough, exact = fast(x), model(x)
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).abs().max()) < 0.1
+    assert len(rough[:, 0].unique()) > 100  # logits are not rounded to 8 bits
+    assert gradient(fast, x).dtype == torch.float32
+
+
+def test_bf16_normalises_images_in_float32() -> None:
+    model = trained(resnet18(classes=5, channels=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)))
+    fast = rewrite(model, images(), precision="bf16")
+    assert fast.dtype == torch.float32
+    assert fast.network.normalize.layer.mean.dtype == torch.float32
+    halves = [p.dtype for name, p in fast.network.named_parameters() if name.startswith("body")]
+    assert set(halves) == {torch.bfloat16}
+    with torch.no_grad():
+        rough, exact = fast(images()), model(images())
+    assert float((rough - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+def test_linear_layers_and_grouped_convolutions_are_folded_too() -> None:
+    model = trained(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, groups=3, bias=False),
+            nn.BatchNorm2d(6),
+            nn.Flatten(),
+            nn.Linear(216, 10),
+            ReBatchNorm(10),
+        )
+    )
+    fast = rewrite(model, images())
+    assert fast.notes == ("2 of 2 batch norms folded",)
+    torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Convolution and batch norm that must not be merged, for the reason named."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3, track_running_stats=reason != "no statistics")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reason == "used again":
+            out = self.conv(x)
+            out = self.norm(out) + out
+        elif self.reason == "called twice":
+            out = self.norm(self.conv(self.conv(x)))
+        elif self.reason == "changed in place":
+            out = self.norm(self.conv(x).relu_())
+        else:
+            out = self.norm(self.conv(x))
+        return out.mean((2, 3))
+
+
+@pytest.mark.parametrize("reason", ["used again", "called twice", "changed in place", "hooked"])
+def test_what_cannot_be_folded_is_left_alone_and_said(reason: str) -> None:
+    model = trained(Odd(reason))
+    if reason == "hooked":
+        model.conv.register_forward_hook(lambda module, args, output: output * 2)  # type: ignore[operator]
+    fast = rewrite(model, images())
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+    expected = "left as it is" if reason == "used again" else "0 of 1"
+    assert expected in fast.notes[0]
+
+
+def test_shared_layers_are_not_folded() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = trained(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3), nn.Flatten()))
+    fast = rewrite(model, images())
+    assert fast.notes == ("0 of 2 batch norms folded",)
+    torch.testing.assert_close(fast(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_can_be_left_out() -> None:
+    model, x, _ = cnn_cifar10()
+    fast = rewrite(model, x[:4], fold_batch_norm=False, channels_last=False)
+    assert fast.notes == ()
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
+def test_training_mode_of_the_model_is_left_and_the_copy_evaluates() -> None:
+    model = trained(resnet18(classes=3, channels=2)).train()
+    fast = rewrite(model, images())
+    assert model.training
+    assert not fast.training
+    assert torch.equal(fast(images()), fast(images()))
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(UserError, match="Did you mean 'bf16'"):
+        rewrite(nn.Flatten(), images(), precision="fb16")
+
+
+def test_a_model_that_bf16_ruins_is_refused() -> None:
+    class Fine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = (1000 + x.flatten(1)[:, :3]) * self.weight
+            return flat - 1000
+
+    with pytest.raises(UserError, match="use precision fp32"):
+        rewrite(Fine(), images(), precision="bf16")
+
+
+def test_memory_is_kept_where_glibc_manages_it() -> None:
+    expected = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
+    assert keep_freed_memory() is expected
+    assert keep_freed_memory() is expected
+
+
+def test_other_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
