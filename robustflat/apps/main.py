@@ -22,6 +22,8 @@ from robustflat.apps.messages import complain, user_error_in
 
 APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
+    "evaluate": "evaluate a trained network: errors and losses under attack, flatness, early stopping",
+    "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 
 

@@ -32,6 +32,15 @@ class McNemar(NamedTuple):
     p_value: float
 
 
+class PairedDifference(NamedTuple):
+    """Mean difference of two models on the same examples, its confidence interval and p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
 def _require_pair(logits: Tensor, labels: Tensor) -> None:
     """Refuse shapes that do not belong together, and labels without a column."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
@@ -181,20 +190,68 @@ def bootstrap_interval(
     Raises:
         UserError: if there are no values or a number is outside its range.
     """
+    return Interval(*_percentiles(_resampled_means(values, resamples, generator), confidence))
+
+
+def _resampled_means(values: Tensor, resamples: int, generator: torch.Generator | None) -> Tensor:
+    """Means of resampled sets, float64 (resamples,)."""
     require_range("resamples", resamples, low=1)
-    require_range("confidence", confidence, low=0.0, high=1.0, low_open=True, high_open=True)
     if values.ndim != 1 or values.numel() == 0:
-        raise UserError(f"bootstrap_interval takes (N,) values with N >= 1, got shape {tuple(values.shape)}.")
+        raise UserError(f"A bootstrap takes (N,) values with N >= 1, got shape {tuple(values.shape)}.")
     source = values.detach().double().cpu()
     draws = torch.Generator().manual_seed(0) if generator is None else generator
     count, chunk = source.numel(), max(1, 4_000_000 // source.numel())
-    means = [
-        source[torch.randint(count, (min(chunk, resamples - start), count), generator=draws)].mean(dim=1)
-        for start in range(0, resamples, chunk)
-    ]
+    return torch.cat(
+        [
+            source[torch.randint(count, (min(chunk, resamples - start), count), generator=draws)].mean(dim=1)
+            for start in range(0, resamples, chunk)
+        ]
+    )
+
+
+def _percentiles(means: Tensor, confidence: float) -> tuple[float, float]:
+    """The middle `confidence` of the values."""
+    require_range("confidence", confidence, low=0.0, high=1.0, low_open=True, high_open=True)
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.cat(means).quantile(tails).tolist()
-    return Interval(low, high)
+    low, high = means.quantile(tails).tolist()
+    return low, high
+
+
+def paired_bootstrap(
+    first: Tensor,
+    second: Tensor,
+    confidence: float = 0.95,
+    *,
+    resamples: int = 2000,
+    generator: torch.Generator | None = None,
+) -> PairedDifference:
+    """Do two models differ in the mean of a per-example value, measured on the same examples?
+
+    Examples are resampled in pairs, so what makes an example hard for both cancels.
+
+    Args:
+        first, second: (N,), values of the two models on the same examples in one order (losses, errors).
+        confidence: coverage of the interval, in (0, 1).
+        resamples: number of resampled sets, >= 1.
+        generator: as in `bootstrap_interval`.
+
+    Returns:
+        Mean of first minus second, its percentile interval, and the two-sided p-value: twice the share of
+        resampled differences on the other side of zero (at least 1 / resamples).
+
+    Raises:
+        UserError: if the two are not of one length, there are no values, or a number is outside its range.
+    """
+    if first.shape != second.shape:
+        raise UserError(
+            f"paired_bootstrap compares two models on the same examples, got shapes {tuple(first.shape)} and "
+            f"{tuple(second.shape)}."
+        )
+    means = _resampled_means(first.double() - second.double(), resamples, generator)
+    low, high = _percentiles(means, confidence)
+    beyond = min(float((means <= 0).double().mean()), float((means >= 0).double().mean()))
+    p_value = min(1.0, max(2 * beyond, 1 / resamples))
+    return PairedDifference(_mean(first.double() - second.double()), low, high, p_value)
 
 
 def confidences(logits: Tensor) -> Tensor:

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from robustflat.attacks.examples import require_answers
+from robustflat.attacks.strongest import SEARCHES, strongest
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.predict import Prediction, predict
+from robustflat.evaluation.selection import EarlyStopping
+from robustflat.flatness.measure import FlatnessMeasure
 from robustflat.flatness.result import FlatnessResult
+from robustflat.models.precision import device_of
 from robustflat.rng import generator_for
 from robustflat.types import Attack
 
 Measured = dict[str, Any]
+
+KINDS = ("clean", "attacks", "flatness")
+"""Kinds of pieces, in the order in which they are measured."""
+
+NUMBERS_AT_ONCE = 128 * 3 * 32 * 32
+"""Numbers in the images attacked at once on a CPU unless the plan says otherwise; small images share a pass with
+their restarts."""
+
+ACCELERATED = 20
+"""Times as many on an accelerator."""
+
+
+class Piece(NamedTuple):
+    """One part of an evaluation that is measured and stored by itself.
+
+    Attributes:
+        kind: one of `KINDS`.
+        role: "test" or "train".
+        split: the examples, such as "test[:1000]".
+        name: of the attack or measure; "clean".
+    """
+
+    kind: str
+    role: str
+    split: str
+    name: str
 
 
 class EvaluationPlan:
@@ -27,41 +59,149 @@ class EvaluationPlan:
         norm: 'linf', 'l2' or 'l1': the threat model of this evaluation (its attacks carry the ball itself).
         epsilon: radius of the threat model in [0, 1] units.
         step_size: step of its PGD attacks.
-        attacks: attacks by name; each is run on both splits.
+        attacks: attacks by name; each is run on both splits. An entry `None` is left out.
+        measures: flatness measures by name; an entry `None` is left out.
+        restarts: attack name -> independent runs (default 1), all of which are kept: an example is wrong if any
+            run fools it, and its loss is that of the run with the highest. (An attack with restarts of its own
+            gives its strongest result only, and holds all of them in memory at once.)
         test, train: splits such as "test[:1000]"; None leaves one out.
-        flatness: split on which flatness is measured; None leaves it out.
+        flatness: test examples on which flatness is measured; None leaves it out.
+        flatness_train: training examples on which the measures are repeated; None: none.
         batch_size: examples per forward pass. Weight perturbations are drawn anew for every batch, so that it
             is part of the definition of flatness (the paper: 128).
+        attack_batch: images attacked at once, restarts counted; None: one batch or, if that is more, 128 images of
+            3 x 32 x 32 (as many numbers of another size), on an accelerator 2,560. Random starts depend on it.
+        search: what attacks search on: "plain" (the network itself), or a copy rewritten for speed in "fp32" or
+            "bf16"; the network itself judges. Flatness measures have an option of their own.
+        checkpoints: which checkpoints of a run this evaluation is about where the command does not say.
+        selection: choose the best snapshot first, and evaluate that (early stopping).
 
     Raises:
         UserError: for a value outside its range, or no split at all.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the keys of one flat configuration node)
         self,
         *,
         norm: str,
         epsilon: float,
         step_size: float,
-        attacks: Mapping[str, Attack],
+        attacks: Mapping[str, Attack | None],
+        measures: Mapping[str, FlatnessMeasure | None] | None = None,
+        restarts: Mapping[str, int] | None = None,
         test: str | None = "test[:1000]",
         train: str | None = "train[:1000]",
         flatness: str | None = "test[:1000]",
+        flatness_train: str | None = None,
         batch_size: int = 128,
+        attack_batch: int | None = None,
+        search: str = "plain",
+        checkpoints: str | int | None = None,
+        selection: EarlyStopping | None = None,
     ) -> None:
         require_one_of("norm", norm, ("linf", "l2", "l1"))
         require_range("epsilon", epsilon, low=0, low_open=True)
         require_range("step_size", step_size, low=0, low_open=True)
         require_range("batch_size", batch_size, low=1)
+        require_one_of("search", search, SEARCHES)
+        if attack_batch is not None:
+            require_range("attack_batch", attack_batch, low=1)
         if test is None and train is None and flatness is None:
             raise UserError(
                 "An evaluation needs examples: give evaluation.test, evaluation.train or evaluation.flatness."
             )
         self.norm, self.epsilon, self.step_size = norm, float(epsilon), float(step_size)
-        self.attacks = dict(attacks)
+        self.attacks = {name: attack for name, attack in attacks.items() if attack is not None}
+        self.measures = {name: measure for name, measure in (measures or {}).items() if measure is not None}
+        self.restarts = dict(restarts or {})
+        for name, runs in self.restarts.items():
+            require_one_of("An attack of restarts", name, attacks)
+            require_range(f"restarts.{name}", runs, low=1)
         self.splits = {"test": test, "train": train}
         self.flatness_split = flatness
-        self.batch_size = batch_size
+        self.flatness_splits = {"test": flatness, "train": flatness_train}
+        self.batch_size, self.attack_batch, self.search = batch_size, attack_batch, search
+        self.checkpoints, self.selection = checkpoints, selection
+
+    def pieces(self) -> list[Piece]:
+        """All parts in the order in which to measure them: the cheap ones first, flatness last."""
+        splits = {role: split for role, split in self.splits.items() if split is not None}
+        measured = {role: split for role, split in self.flatness_splits.items() if split is not None}
+        return [
+            *(Piece("clean", role, split, "clean") for role, split in splits.items()),
+            *(Piece("attacks", role, split, name) for name in self.attacks for role, split in splits.items()),
+            *(Piece("flatness", role, split, name) for name in self.measures for role, split in measured.items()),
+        ]
+
+    def attack_logits(
+        self, model: nn.Module, dataset: Dataset, split: str, attack: Attack, *, runs: int, generator: torch.Generator
+    ) -> Tensor:
+        """Logits of independent runs of an attack.
+
+        Args:
+            model: images in [0, 1] -> logits; left as found.
+            dataset: where the examples come from.
+            split: the examples, such as "test[:1000]".
+            attack: run `runs` times on every image.
+            runs: number of runs R, >= 1.
+            generator: source of all draws, on the model's device.
+
+        Returns:
+            float32 (R, N, K) on the CPU, judged by the network in full float32.
+
+        Raises:
+            UserError: if labels are not classes of the model, or logits are not finite.
+        """
+        device = device_of(model)
+        search = "plain" if hasattr(attack, "search") else self.search  # AutoAttack rewrites by itself
+        found, labels = [], []
+        for batch in dataset.split(split).batches(self.batch_size):
+            x, y = batch.x.to(device), batch.y.to(device)
+            together, parts, left = max(1, self._at_once(x) // len(y)), [], runs
+            while left:
+                now = min(together, left)
+                many_x, many_y = x.repeat(now, *[1] * (x.ndim - 1)), y.repeat(now)
+                logits = strongest(model, many_x, many_y, attack, generator=generator, search=search).logits
+                parts.append(logits.float().view(now, len(y), -1))
+                left -= now
+            found.append(torch.cat(parts).cpu())
+            labels.append(y.cpu())
+        logits = torch.cat(found, dim=1)
+        for run in logits:
+            require_answers(run, torch.cat(labels))
+        return logits
+
+    def _at_once(self, x: Tensor) -> int:
+        """Images in one pass of an attack."""
+        if self.attack_batch is not None:
+            return self.attack_batch
+        numbers = NUMBERS_AT_ONCE * (1 if x.device.type == "cpu" else ACCELERATED)
+        return numbers // x[0].numel()
+
+    def attack_piece(self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int) -> Tensor:
+        """Logits (R, N, K) of one attack of this plan; draws depend on the seed, the role and the name alone."""
+        generator = generator_for(seed, "evaluation", piece.role, piece.name, device=device_of(model))
+        runs = self.restarts.get(piece.name, 1)
+        return self.attack_logits(model, dataset, piece.split, self.attacks[piece.name], runs=runs, generator=generator)
+
+    def flatness_piece(
+        self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, reference: Tensor | None = None
+    ) -> FlatnessResult:
+        """One flatness measure of this plan. All measures draw from the same seed, so radii are compared on the
+        same directions and may share a reference.
+
+        Args:
+            model, dataset, piece: what to measure.
+            seed: of all draws.
+            reference: (N,) losses at the weights, from a measure of equal `reference_settings` and seed.
+        """
+        measure = self.measures[piece.name]
+        batches = dataset.split(piece.split).batches(self.batch_size)
+        generator = generator_for(seed, "flatness", device=dataset.device)
+        result = measure.measure(model, batches, reference, generator=generator)
+        if reference is None or measure.reference_settings is None:
+            return result
+        return dataclasses.replace(result, reference_attack=f"{measure.reference_settings} (shared)")
 
     def measure_split(self, model: nn.Module, dataset: Dataset, split: str, *, seed: int) -> Measured:
         """Errors and losses on the split "test" or "train" of this plan.
@@ -83,7 +223,9 @@ class EvaluationPlan:
         for name, attack in self.attacks.items():
             start = time.perf_counter()
             generator = generator_for(seed, "evaluation", split, name, device=dataset.device)
-            found = predict(model, batches, attack=attack, generator=generator)
+            runs = self.restarts.get(name, 1)
+            logits = self.attack_logits(model, dataset, text, attack, runs=runs, generator=generator)
+            found = Prediction(metrics.worst_restart(logits, clean.labels), clean.labels)
             values[name] = _robust(clean, found) | {"seconds": time.perf_counter() - start}
         return values
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from robustflat.attacks.describe import describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.judging import held_still
-from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.attacks.strongest import SEARCHES, judged_logits, strongest
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.batch_norm import recalibrated
 from robustflat.flatness.protocol import protocol_by_name
-from robustflat.flatness.reference import Reference, drawn_seed, reference_at, require_finite
+from robustflat.flatness.reference import Reference, drawn_seed, reference_at, reference_words, require_finite
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import Subject, subject
 from robustflat.geometry.weight_ball import WeightBall
@@ -64,13 +64,15 @@ class AverageFlatness:
         biases: displace biases too.
         batch_norm: "running": statistics of w (paper); "recalibrate": those of the measured clean images at w
             + nu, and at w for the reference (one more pass over all images for every displacement).
+        search: what attacks search on: "plain" (the network itself), or a copy rewritten for speed at every
+            displacement in "fp32" or "bf16" (see `robustflat.models.inference`). The plain network judges.
         seed: of all draws, >= 0.
 
     Raises:
         UserError: if an option is unknown or out of range, or attacks are given that the loss does not use.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the keys of one flat configuration node)
         self,
         ball: WeightBall | None = None,
         *,
@@ -84,11 +86,13 @@ class AverageFlatness:
         norm_layers: bool = False,
         biases: bool = True,
         batch_norm: str = "running",
+        search: str = "plain",
         seed: int = 0,
     ) -> None:
         require_range("trials", trials, low=1)
         require_range("seed", seed, low=0)
         require_one_of("loss", loss, LOSSES)
+        require_one_of("search", search, SEARCHES)
         require_one_of("batch_norm", batch_norm, BATCH_NORM)
         self.protocol = protocol_by_name(protocol)
         self.draws = draws or self.protocol.draws
@@ -100,9 +104,17 @@ class AverageFlatness:
         self.trials, self.loss, self.seed = trials, loss, seed
         self.attack = attack or (None if loss == "clean" else self.protocol.attack())
         self.reference_attack = reference_attack
-        self.norm_layers, self.biases, self.batch_norm = norm_layers, biases, batch_norm
+        self.norm_layers, self.biases, self.batch_norm, self.search = norm_layers, biases, batch_norm, search
         if loss == "clean" and (attack is not None or reference_attack is not None):
             raise UserError("loss='clean' uses no attack: leave attack and reference_attack out, or loss='robust'.")
+
+    @property
+    def reference_settings(self) -> str | None:
+        """All that decides the reference loss, in words; `None` for the frozen loss, which keeps its images."""
+        if self.loss == "frozen":
+            return None
+        rest = f"{self.protocol.name} protocol, batch norm {self.batch_norm}, search {self.search}"
+        return reference_words(self.loss, self.attack, self.reference_attack, rest)
 
     def __call__(
         self,
@@ -159,6 +171,7 @@ class AverageFlatness:
                 protocol=self.protocol,
                 seed=seed,
                 given=reference,
+                search=self.search,
             )
         images = at_w.batches if self.loss == "frozen" else found.batches
         with held_still(model):
@@ -184,7 +197,7 @@ class AverageFlatness:
         if self.loss == "robust":
             assert self.attack is not None
             generator = generator_for(seed, "attack", trial, index, device=x.device)
-            logits = strongest(model, x, y, self.attack, generator=generator).logits
+            logits = strongest(model, x, y, self.attack, generator=generator, search=self.search).logits
         else:
             logits = judged_logits(model, x)
         return self.protocol.losses(logits, y)

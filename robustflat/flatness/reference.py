@@ -38,6 +38,7 @@ def reference_at(
     protocol: Protocol,
     seed: int,
     given: Tensor | None,
+    search: str = "plain",
 ) -> Reference:
     """Losses of the subject at its present weights.
 
@@ -49,6 +50,7 @@ def reference_at(
         protocol: says which run is the strongest and how losses are computed from logits.
         seed: of the attack's draws.
         given: (N,) losses that the caller knows already; they are returned after a check.
+        search: what the attack searches on, see `robustflat.attacks.strongest.SEARCHES`.
 
     Raises:
         UserError: if `given` has the wrong shape or is not finite, or is given for the frozen loss.
@@ -64,14 +66,26 @@ def reference_at(
     losses, batches = [], []
     for index, (x, y) in enumerate(found.batches):
         generator = generator_for(seed, "reference", index, device=found.device)
-        best = strongest(found.model, x, y, chosen, restarts=runs, select=protocol.select, generator=generator)
+        best = strongest(
+            found.model, x, y, chosen, restarts=runs, select=protocol.select, generator=generator, search=search
+        )
         losses.append(protocol.losses(best.logits, y))
         batches.append(Batch(best.x_adv, y))
-    return Reference(
-        torch.cat(losses),
-        batches,
-        f"worst of {runs} runs of {describe(chosen)}" if runs > 1 else describe(chosen),
-    )
+    return Reference(torch.cat(losses), batches, _attack_words(attack, once))
+
+
+def reference_words(loss: str, attack: Attack | None, once: Attack | None, settings: str) -> str:
+    """All that decides the losses of `reference_at` for one network, batches and seed, in words.
+
+    Args:
+        loss, attack, once: as there.
+        settings: the rest: protocol, batch-norm policy and search.
+    """
+    return f"{loss} loss, {'no attack' if loss == 'clean' else _attack_words(attack, once)}, {settings}"
+
+
+def _attack_words(attack: Attack | None, once: Attack | None) -> str:
+    return describe(once) if once is not None else f"worst of {REFERENCE_RESTARTS} runs of {describe(attack)}"
 
 
 def require_finite(losses: Tensor, radius: float) -> None:

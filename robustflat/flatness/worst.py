@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from robustflat.attacks.describe import describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.judging import held_still
 from robustflat.attacks.objectives import cross_entropy
 from robustflat.attacks.pgd import Pgd
-from robustflat.attacks.strongest import judged_logits
+from robustflat.attacks.strongest import EXAMPLES, SEARCHES, judged_logits
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.protocol import INPUT_STEP, PGD_STEPS, protocol_by_name
-from robustflat.flatness.reference import Reference, drawn_seed, reference_at, require_finite
+from robustflat.flatness.reference import Reference, drawn_seed, reference_at, reference_words, require_finite
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import Subject, subject
 from robustflat.geometry.input_ball import InputBall, LinfBall
 from robustflat.geometry.weight_ball import WeightBall
+from robustflat.models.folded import WeightsForward, folded_forward, plain_forward
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
 from robustflat.rng import generator_for
@@ -70,13 +70,16 @@ class WorstFlatness:
         protocol: "paper" or "released".
         norm_layers: displace the parameters of normalisation layers too.
         biases: displace biases too.
+        search: what is searched on: "plain" (the network itself), or "fp32" or "bf16": a copy rewritten for speed
+            (see `robustflat.models.inference`). The ascent itself stays in fp32 in both, since bf16 cannot tell
+            such small displacements from none. The plain network judges.
         seed: of all starts, >= 0.
 
     Raises:
         UserError: if an option is unknown or out of range, or attack options are given for the clean loss.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the keys of one flat configuration node)
         self,
         ball: WeightBall | None = None,
         *,
@@ -90,6 +93,7 @@ class WorstFlatness:
         protocol: str = "paper",
         norm_layers: bool = False,
         biases: bool = True,
+        search: str = "plain",
         seed: int = 0,
     ) -> None:
         require_range("restarts", restarts, low=1)
@@ -97,6 +101,7 @@ class WorstFlatness:
         require_range("input_step", input_step, low=0.0, low_open=True)
         require_range("seed", seed, low=0)
         require_one_of("loss", loss, LOSSES)
+        require_one_of("search", search, SEARCHES)
         self.protocol = protocol_by_name(protocol)
         self.ball = WeightBall(0.003) if ball is None else ball
         require_range("radius", self.ball.radius, low=0.0, low_open=True, hint="At radius 0 flatness is 0.")
@@ -111,7 +116,14 @@ class WorstFlatness:
         self.loss, self.seed = loss, seed
         self.input_ball = LinfBall(self.protocol.epsilon) if input_ball is None else input_ball
         self.reference_attack = reference_attack
-        self.norm_layers, self.biases = norm_layers, biases
+        self.norm_layers, self.biases, self.search = norm_layers, biases, search
+
+    @property
+    def reference_settings(self) -> str | None:
+        """All that decides the reference loss, in words."""
+        attack = None if self.loss == "clean" else self._reference_attack()
+        rest = f"{self.protocol.name} protocol, batch norm running, search {self.search}"
+        return reference_words(self.loss, attack, self.reference_attack, rest)
 
     def __call__(
         self,
@@ -168,8 +180,10 @@ class WorstFlatness:
                 protocol=self.protocol,
                 seed=seed,
                 given=reference,
+                search=self.search,
             )
-            ascents = [self._restart(found, restart, seed) for restart in range(self.restarts)]
+            forward = self._forward(found)
+            ascents = [self._restart(found, forward, restart, seed) for restart in range(self.restarts)]
         losses, trace = (torch.stack(parts) for parts in zip(*ascents, strict=True))
         require_finite(losses, self.ball.radius)
         rises = trace.double().cpu() - float(at_w.losses.double().mean())
@@ -183,13 +197,19 @@ class WorstFlatness:
             random_start=self.protocol.random_start,
         )
 
-    def _restart(self, found: Subject, restart: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, found: Subject) -> WeightsForward:
+        """What the ascent climbs on. Folded batch norms could not be displaced."""
+        if self.search == "plain" or self.norm_layers:
+            return plain_forward(found.model)
+        return folded_forward(found.model, found.batches[0].x[:EXAMPLES])
+
+    def _restart(self, found: Subject, forward: WeightsForward, restart: int, seed: int) -> tuple[Tensor, Tensor]:
         """Losses (N,) at the end of one restart, and the mean loss after 0..S steps, (S+1,)."""
         losses, traces = [], []
         for number, indices in enumerate(found.groups(self.protocol.draws)):
             group = [found.batches[i] for i in indices]
             generator = generator_for(seed, "ascent", restart, number, device=found.device)
-            point, trace = self._ascend(found, group, self._start(found, group, generator))
+            point, trace = self._ascend(found, forward, group, self._start(found, group, generator))
             with displaced(found.model, point.nu):
                 for x, (_, y) in zip(point.images, group, strict=True):
                     losses.append(self.protocol.losses(judged_logits(found.model, x), y))
@@ -205,7 +225,9 @@ class WorstFlatness:
             near = self.input_ball.sample_uniform_norm
         return Point(nu, [near(batch.x, generator) for batch in group])
 
-    def _ascend(self, found: Subject, group: list[Batch], start: Point) -> tuple[Point, Tensor]:
+    def _ascend(
+        self, found: Subject, forward: WeightsForward, group: list[Batch], start: Point
+    ) -> tuple[Point, Tensor]:
         """The point that counts, and mean losses (S+1,): of the best point so far, or of each if the last
         counts.
 
@@ -217,7 +239,7 @@ class WorstFlatness:
         for step in range(self.steps + 1):
             before, total = now, torch.zeros((), device=found.device)
             for index, batch in enumerate(group):
-                mean, onward = self._step(found, now, index, batch, last=step == self.steps)
+                mean, onward = self._step(found, forward, now, index, batch, last=step == self.steps)
                 total = total + mean * (len(batch.y) / count)
                 now = onward
             if self.protocol.keep == "best" and values:
@@ -230,14 +252,16 @@ class WorstFlatness:
             values.append(total)
         return kept, torch.stack(values)
 
-    def _step(self, found: Subject, now: Point, index: int, batch: Batch, *, last: bool) -> tuple[Tensor, Point]:
+    def _step(
+        self, found: Subject, forward: WeightsForward, now: Point, index: int, batch: Batch, *, last: bool
+    ) -> tuple[Tensor, Point]:
         """Mean loss at a point for batch number `index` of the group, and the point after one step from there."""
         robust = self.loss == "robust"
         with torch.inference_mode(False), torch.set_grad_enabled(not last):
             nu = {name: step.detach().requires_grad_(not last) for name, step in now.nu.items()}
             x = now.images[index].detach().requires_grad_(robust and not last)
             moved = {name: found.weights[name] + step for name, step in nu.items()}
-            mean = cross_entropy(functional_call(found.model, moved, (x,)), batch.y).mean()
+            mean = cross_entropy(forward(moved, x), batch.y).mean()
             if last:
                 return mean.detach(), now
             # Materialised: a weight that this forward pass does not use has gradient zero.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 from sklearn.metrics import roc_auc_score
 
 from robustflat.errors import UserError
@@ -220,3 +220,23 @@ def test_other_refusals_say_what_is_allowed() -> None:
         metrics.classwise(torch.zeros(2), torch.tensor([0, 2]), 2)
     with pytest.raises(UserError, match="bins must lie in"):
         metrics.expected_calibration_error(torch.zeros(2, 2), torch.tensor([0, 1]), bins=0)
+
+
+def test_paired_bootstrap_agrees_with_the_paired_t_test_where_the_normal_law_holds() -> None:
+    draws = torch.Generator().manual_seed(0)
+    hard = 3 * torch.randn(400, generator=draws)  # what both models share
+    first, second = hard + torch.randn(400, generator=draws) + 0.15, hard + torch.randn(400, generator=draws)
+    found = metrics.paired_bootstrap(first, second, resamples=4000)
+    peer = ttest_rel(first.numpy(), second.numpy())
+    low, high = peer.confidence_interval(0.95)
+    assert found.difference == pytest.approx(float((first - second).mean()), rel=1e-5)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+    assert found.p_value == pytest.approx(peer.pvalue, abs=0.02)
+
+
+def test_paired_bootstrap_of_equal_models_finds_no_difference_and_of_clear_ones_a_bound() -> None:
+    values = torch.arange(10.0)
+    assert metrics.paired_bootstrap(values, values) == (0.0, 0.0, 0.0, 1.0)
+    assert metrics.paired_bootstrap(values + 1, values, resamples=500).p_value == 1 / 500
+    with pytest.raises(UserError, match="on the same examples"):
+        metrics.paired_bootstrap(values, values[:5])

@@ -1,0 +1,329 @@
+"""The pieces of an evaluation, each measured once and stored: a killed evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+import robustflat
+from robustflat.apps.collect import Origin, rows_of
+from robustflat.apps.config import digest
+from robustflat.apps.networks import NetworkFile, snapshot, snapshots
+from robustflat.attacks.describe import describe
+from robustflat.data.dataset import Dataset
+from robustflat.errors import UserError
+from robustflat.evaluation.plan import EvaluationPlan, Piece
+from robustflat.evaluation.predict import predict
+from robustflat.evaluation.rows import Row
+from robustflat.evaluation.selection import Score, score
+from robustflat.flatness.result import FlatnessResult
+from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
+from robustflat.models.precision import precision_of
+from robustflat.rng import generator_for
+from robustflat.store.results import KEY, ResultStore, group_name
+
+Arrays = dict[str, NDArray[Any]]
+SELECTION = "early_stopping"
+"""Name under which the attack that chooses a snapshot is stored."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all networks of one evaluation share.
+
+    Attributes:
+        plan: what is measured.
+        dataset: on what.
+        store: where results go.
+        settings: the resolved configuration, plain values.
+        console: where progress goes.
+        facts: provenance that is stored with every result.
+        prefix: put before names of splits in the store: tells other data from the run's own.
+    """
+
+    plan: EvaluationPlan
+    dataset: Dataset
+    store: ResultStore
+    settings: Mapping[str, Any]
+    console: Console
+    facts: Mapping[str, object]
+    prefix: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Of all draws."""
+        return int(self.settings["seed"])
+
+    def pieces(self) -> list[Piece]:
+        """Those that the command asks for; clean logits belong to everything."""
+        only = self.settings["only"]
+        return [p for p in self.plan.pieces() if not only or p.kind == "clean" or p.name in only]
+
+    def rows(self, names: Sequence[str]) -> list[Row]:
+        """Rows of stored results by name."""
+        path = self.store.path.resolve()
+        return rows_of(self.store, Origin(path.parent.name, path.parent.parent.name, self.seed), names=names)
+
+    def examples(self, split: str) -> str:
+        """Name of a split in the store: data other than the run's own carry their name."""
+        return f"{self.prefix}{split}"
+
+    def key(self, piece: Piece, weights: str) -> str:
+        """Digest of all that decides the values of a piece: weights, examples, settings, seed."""
+        source = {k: v for k, v in self.settings["dataset"]["source"].items() if k not in ("root", "download")}
+        where = {"weights": weights, "split": piece.split, "role": piece.role, "source": source}
+        return digest({**where, "kind": piece.kind, "settings": self.decisive(piece)})
+
+    def decisive(self, piece: Piece) -> dict[str, Any]:
+        """Settings that decide the values of a piece on given weights and examples, as plain values."""
+        if piece.kind == "clean":
+            return {}
+        base: dict[str, Any] = {"seed": self.seed, "batch_size": self.plan.batch_size}
+        if piece.kind == "flatness":
+            return {**base, "measure": self.settings["evaluation"]["measures"][piece.name]}
+        base |= {"runs": self.plan.restarts.get(piece.name, 1), "attack_batch": self.plan.attack_batch}
+        base |= {"search": self.plan.search}
+        return {**base, "name": piece.name, "attack": self.settings["evaluation"]["attacks"][piece.name]}
+
+
+def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: str) -> list[str]:
+    """Measure every piece of one network that is not stored yet.
+
+    Args:
+        bench: plan, data and store.
+        file: where the network comes from.
+        model: in eval mode, on the data's device.
+        weights: digest of its weights.
+
+    Returns:
+        Names of the results in the store.
+
+    Raises:
+        UserError: if the network is not finite, not deterministic, or the data do not fit it.
+    """
+    require_sound_network(bench, file, model)
+    _forget_other_weights(bench, file, weights)
+    pieces, names = bench.pieces(), []
+    for number, piece in enumerate(pieces, start=1):
+        key = bench.key(piece, weights)
+        name = _place(bench, file, piece, key)
+        names.append(name)
+        if bench.store.has(name, key) and not bench.settings["force"]:
+            continue
+        twin = None if bench.settings["force"] else _twin(bench, key)
+        if twin is not None:
+            _copy(bench, twin, name, file)
+            continue
+        label = f"{file.name}: {piece.name} on {piece.split}"
+        start = time.perf_counter()
+        with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
+            arrays, details = _measure(bench, file, model, piece)
+        seconds = time.perf_counter() - start
+        made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, "seconds": seconds}
+        _write(bench, name, arrays, {**made, **details})
+        if seconds > 1:
+            bench.console.print(f"{label}: {seconds:.1f} s", markup=False)
+    return names
+
+
+def _write(bench: Bench, name: str, arrays: Arrays, attrs: Mapping[str, object]) -> None:
+    """Store a result; labels go one level up, where all results on these examples find them."""
+    if "labels" in arrays:
+        arrays = dict(arrays)
+        labels = {"labels": arrays.pop("labels")}
+        bench.store.write(name.rsplit("/", 1)[0], labels, {"split": attrs["split"]})
+    bench.store.write(name, arrays, attrs)
+
+
+def _copy(bench: Bench, source: str, name: str, file: NetworkFile) -> None:
+    """Give a result the name of another checkpoint with the same weights."""
+    arrays, attrs = bench.store.read(source)
+    if attrs["kind"] == "clean":
+        arrays |= bench.store.read(source.rsplit("/", 1)[0]).arrays
+    attrs |= {"checkpoint": file.name, "file": file.path.name, "copied_from": source}
+    _write(bench, name, arrays, attrs if file.epoch is None else {**attrs, "epoch": file.epoch})
+
+
+def require_sound_network(bench: Bench, file: NetworkFile, model: nn.Module) -> None:
+    """Refuse weights that are not finite, and networks whose answers are random or depend on the batch.
+
+    Raises:
+        UserError: naming the checkpoint and the layer.
+    """
+    split = next(s for s in (*bench.plan.splits.values(), *bench.plan.flatness_splits.values()) if s is not None)
+    x = bench.dataset.split(split).batches(bench.plan.batch_size)[0].x
+    try:
+        require_finite_weights(model)
+        require_own_statistics(model)
+        require_deterministic(model, x)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from error
+
+
+def select_snapshot(
+    bench: Bench, run: Path, part: str, load: Callable[[NetworkFile], tuple[nn.Module, str]]
+) -> NetworkFile:
+    """Attack every snapshot of a run on the selection examples, and choose one.
+
+    Args:
+        bench: its plan has a selection.
+        run: the run folder.
+        part: which network of the snapshots.
+        load: file -> network and digest of its weights.
+
+    Returns:
+        The chosen snapshot.
+
+    Raises:
+        UserError: if the examples were trained on, or there is no snapshot.
+    """
+    rule = bench.plan.selection
+    assert rule is not None
+    split = rule.examples(bench.dataset)
+    there = snapshots(run)
+    files = {epoch: snapshot(there, epoch, part) for epoch in there}
+    scores = {epoch: _score(bench, file, split, load) for epoch, file in files.items()}
+    best = rule.best(scores)
+    prefix = "" if part == "model" else f"{part}_"
+    bench.store.write(
+        f"{prefix}early_stopped",
+        {"epochs": np.array(list(scores)), "scores": np.array(list(scores.values()))},
+        {"epoch": best, "criterion": rule.criterion, "split": split, "attack": describe(rule.attack)},
+    )
+    bench.console.print(
+        f"early stopping on {split}: epoch {best} of {', '.join(map(str, scores))} has the lowest {rule.criterion} "
+        f"({getattr(scores[best], rule.criterion):.4g})",
+        markup=False,
+    )
+    return files[best]
+
+
+def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkFile], tuple[nn.Module, str]]) -> Score:
+    """Score of one snapshot, from the store if it is there for these weights."""
+    rule = bench.plan.selection
+    assert rule is not None
+    name = group_name(file.name, bench.examples(split), "attacks", SELECTION)
+    model, weights = load(file)
+    settings = {"weights": weights, "split": split, "attack": describe(rule.attack), "runs": rule.restarts}
+    key = digest({**settings, "seed": bench.seed, "batch_size": bench.plan.batch_size})
+    if bench.settings["force"] or not bench.store.has(name, key):
+        require_sound_network(bench, file, model)
+        _forget_other_weights(bench, file, weights)
+        with bench.console.status(f"{file.name}: {SELECTION} on {split}"):
+            arrays = _selection_arrays(bench, model, split)
+        piece = Piece("attacks", "selection", split, SELECTION)
+        attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights}
+        bench.store.write(name, arrays, {**attrs, "attack": settings["attack"], "runs": rule.restarts})
+    arrays = bench.store.read(name).arrays
+    return score(*(torch.from_numpy(arrays[part]) for part in ("clean", "logits", "labels")))
+
+
+def _selection_arrays(bench: Bench, model: nn.Module, split: str) -> Arrays:
+    plan = bench.plan
+    assert plan.selection is not None
+    clean = predict(model, bench.dataset.split(split).batches(plan.batch_size))
+    runs = plan.attack_logits(
+        model,
+        bench.dataset,
+        split,
+        plan.selection.attack,
+        runs=plan.selection.restarts,
+        generator=generator_for(bench.seed, "selection", device=bench.dataset.device),
+    )
+    return {"clean": clean.logits.numpy(), "logits": runs.numpy(), "labels": clean.labels.numpy()}
+
+
+def _measure(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> tuple[Arrays, dict[str, object]]:
+    """Arrays of a piece, and what else to say of it."""
+    plan, dataset = bench.plan, bench.dataset
+    if piece.kind == "clean":
+        found = predict(model, dataset.split(piece.split).batches(plan.batch_size))
+        return {"logits": found.logits.numpy(), "labels": found.labels.numpy()}, {}
+    if piece.kind == "attacks":
+        logits = plan.attack_piece(model, dataset, piece, seed=bench.seed)
+        return {"logits": logits.numpy()}, {"attack": describe(plan.attacks[piece.name]), "runs": len(logits)}
+    reference, words = _shared_reference(bench, file, piece)
+    result = plan.flatness_piece(model, dataset, piece, seed=bench.seed, reference=reference)
+    return _flatness_arrays(result), {"reference_settings": words, **_flatness_details(result)}
+
+
+def _flatness_arrays(result: FlatnessResult) -> Arrays:
+    arrays = {"losses": result.losses.numpy(), "reference": result.reference.numpy()}
+    return arrays if result.trace is None else {**arrays, "trace": result.trace.numpy()}
+
+
+def _flatness_details(result: FlatnessResult) -> dict[str, object]:
+    details = {k: v for k, v in result.to_dict().items() if k not in ("seed", "seconds", "weights")}
+    return {**details, "displaced": result.weights, "draw_seed": str(result.seed)}
+
+
+def _shared_reference(bench: Bench, file: NetworkFile, piece: Piece) -> tuple[Tensor | None, str | None]:
+    """The reference that another measure has found for the same network, examples, settings and seed."""
+    settings = bench.plan.measures[piece.name].reference_settings
+    if settings is None:
+        return None, None
+    words = f"{settings}, seed {bench.seed}, batch size {bench.plan.batch_size}"
+    if bench.settings["force"]:
+        return None, words
+    beginning = group_name(file.name, bench.examples(piece.split), "flatness") + "/"
+    for name in bench.store.names():
+        if name.startswith(beginning) and bench.store.attributes(name).get("reference_settings") == words:
+            return torch.from_numpy(bench.store.read(name).arrays["reference"]), words
+    return None, words
+
+
+def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> dict[str, object]:
+    """What every result says of how it was made."""
+    plan = bench.plan
+    config = {} if piece.role == "selection" else bench.decisive(piece)
+    return {
+        "kind": piece.kind,
+        "name": piece.name,
+        "role": piece.role,
+        "split": bench.examples(piece.split),
+        "checkpoint": file.name,
+        "file": file.path.name,
+        "epoch": file.epoch,
+        "norm": plan.norm,
+        "epsilon": plan.epsilon,
+        "precision": precision_of(model),
+        "device": str(bench.dataset.device),
+        "seed": bench.seed,
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "version": robustflat.__version__,
+        "torch": torch.__version__,
+        **bench.facts,
+    }
+
+
+def _place(bench: Bench, file: NetworkFile, piece: Piece, key: str) -> str:
+    """Where a piece is stored: under its name, or name~digest if other settings took that."""
+    where = (file.name, bench.examples(piece.split), piece.kind)
+    name = group_name(*where) if piece.kind == "clean" else group_name(*where, piece.name)
+    taken = bench.store.attributes(name).get(KEY)
+    return name if taken in (None, key) else f"{name}~{digest(bench.decisive(piece))}"
+
+
+def _twin(bench: Bench, key: str) -> str | None:
+    """A stored result with the same key: the same weights under the name of another checkpoint."""
+    return next((name for name in bench.store.names() if bench.store.has(name, key)), None)
+
+
+def _forget_other_weights(bench: Bench, file: NetworkFile, weights: str) -> None:
+    """Remove results of a checkpoint that has been written anew since (training went on, say)."""
+    for name in bench.store.names():
+        if name.startswith(f"{file.name}/") and bench.store.attributes(name).get("weights") != weights:
+            bench.console.print(f"{file.name} has other weights than when it was evaluated last: starting anew.")
+            for split in {n.split("/")[1] for n in bench.store.names() if n.startswith(f"{file.name}/")}:
+                bench.store.remove(group_name(file.name, split))
+            return

@@ -1,0 +1,129 @@
+"""Rows of tables from the results files of runs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustflat.errors import DataError
+from robustflat.evaluation.rows import Row, attack_rows, clean_rows, flatness_rows, gap_rows
+from robustflat.store.results import ResultStore, Stored
+
+RESULTS = "results.h5"
+CARRIED = ("norm", "epsilon", "loss", "protocol", "precision", "version", "key", "epoch", "role", "checkpoint", "split")
+
+STOPS_EARLY = "AutoAttack"
+"""Attacks that end at the first misclassified image: their losses say nothing."""
+
+
+class Origin(NamedTuple):
+    """Which run a row belongs to."""
+
+    run_id: str
+    experiment: str
+    seed: int | None
+
+
+def origin_of(run: Path) -> Origin:
+    """Run id and experiment are the names of the folders; the seed comes from the run's configuration."""
+    seed = None
+    for line in _lines(run / "config.yaml"):
+        name, _, value = line.partition(":")
+        if name == "seed" and value.strip().isdigit():
+            seed = int(value)
+    return Origin(run.resolve().name, run.resolve().parent.name, seed)
+
+
+def rows_of_run(run: Path) -> list[Row]:
+    """All rows of a run folder, without the role that only printing needs.
+
+    Raises:
+        DataError: if its results file is missing or damaged.
+    """
+    if not (run / RESULTS).is_file():
+        raise DataError(f"{run} has no {RESULTS}: evaluate it first, python evaluate.py run={run}")
+    rows = rows_of(ResultStore(run / RESULTS), origin_of(run))
+    return [{key: value for key, value in row.items() if key != "role"} for row in rows]
+
+
+def rows_of(store: ResultStore, origin: Origin, *, names: Sequence[str] | None = None) -> list[Row]:
+    """Rows of the results of a store, and the gaps between test and train.
+
+    Args:
+        store: the results of a run.
+        origin: what to write into the columns run_id, experiment and seed.
+        names: results such as "last/test/clean"; None: all.
+
+    Raises:
+        DataError: if the file is damaged, or arrays do not have the shapes that they should.
+    """
+    rows: list[Row] = []
+    by_role: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for name in store.names() if names is None else names:
+        checkpoint, stored = name.split("/")[0], store.read(name)
+        made = [_placed(row, stored, origin) for row in _rows_of_result(store, name, stored)]
+        rows += made
+        by_role[checkpoint, str(stored.attrs.get("role"))] += made
+    for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in by_role):
+        test, train = by_role[checkpoint, "test"], by_role[checkpoint, "train"]
+        for row in gap_rows(test, train):
+            like = next(r for r in test if (r["kind"], r["measure"]) == (row["kind"], row["measure"]))
+            rows.append({**like, **row, "split": "test - train", "role": "gap", "key": ""})
+    return rows
+
+
+def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:
+    kind, split = stored.attrs.get("kind"), "/".join(name.split("/")[:2])
+    if stored.attrs.get("role") == "selection":
+        return []
+    try:
+        if kind == "flatness":
+            return _flatness_rows(store, split, name, stored)
+        labels = _tensor(store, split, "labels")
+        if kind == "clean":
+            return clean_rows(torch.from_numpy(stored.arrays["logits"]), labels)
+        clean = _tensor(store, f"{split}/clean", "logits")
+        runs = torch.from_numpy(stored.arrays["logits"])
+        losses = not str(stored.attrs.get("attack")).startswith(STOPS_EARLY)
+        return attack_rows(name.rsplit("/", 1)[1], clean, runs, labels, losses=losses)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{store.path}: the result '{name}' is not what it should be ({error}).") from error
+
+
+def _flatness_rows(store: ResultStore, split: str, name: str, stored: Stored) -> list[Row]:
+    losses, reference = (torch.from_numpy(stored.arrays[part]) for part in ("losses", "reference"))
+    known = store.has(f"{split}/clean")
+    return flatness_rows(
+        name.rsplit("/", 1)[1],
+        losses,
+        reference,
+        reduction=str(stored.attrs["reduction"]),
+        groups=[int(size) for size in json.loads(stored.attrs["groups"])],
+        radius=float(stored.attrs["radius"]),
+        labels=_tensor(store, split, "labels") if known else None,
+        classes=_tensor(store, f"{split}/clean", "logits").shape[1] if known else 0,
+    )
+
+
+def _tensor(store: ResultStore, name: str, array: str) -> Tensor:
+    return torch.from_numpy(store.read(name).arrays[array])
+
+
+def _placed(row: Row, stored: Stored, origin: Origin) -> Row:
+    carried: Mapping[str, Any] = {key: stored.attrs.get(key) for key in CARRIED}
+    if stored.attrs.get("kind") == "clean":
+        carried = {**carried, "norm": None, "epsilon": None}
+    return {**origin._asdict(), **carried, **row}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []

@@ -1,0 +1,301 @@
+"""Evaluate and measure trained networks, piece by piece into a store: the job behind `python evaluate.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from robustflat.apps.bench import Bench, measure_network, select_snapshot
+from robustflat.apps.build import build, choose_device
+from robustflat.apps.check import check
+from robustflat.apps.config import Root, _safe_name, digest, resolved
+from robustflat.apps.evaluation_summary import print_evaluation
+from robustflat.apps.messages import complain
+from robustflat.apps.networks import NetworkFile, choose, digest_of, find_run, snapshots, stored_config, weights_of
+from robustflat.apps.rules import check_together
+from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.train import sensible_threads
+from robustflat.data.dataset import Dataset
+from robustflat.errors import CheckpointError, UserError, require_one_of
+from robustflat.evaluation.plan import EvaluationPlan
+from robustflat.evaluation.rows import Row
+from robustflat.store.results import ResultStore
+from robustflat.training.checkpoint import load_into
+
+RESULTS = "results.h5"
+
+
+@dataclass
+class EvaluateRoot:
+    """The top level of the configuration of `evaluate.py`."""
+
+    run: str | None = None
+    checkpoint: str | None = None
+    checkpoints: Any = None
+    part: str = "model"
+    only: list[str] = field(default_factory=list)
+    evaluation: Any = None
+    attack: Any = None
+    flatness: Any = None
+    dataset: Any = None
+    model: Any = None
+    seed: int | None = None
+    device: str = "auto"
+    threads: int = 0
+    name: str | None = None
+    outputs: str = "outputs"
+    data_root: str | None = None
+    force: bool = False
+    trusted_packages: list[str] = field(default_factory=list)
+
+
+ConfigStore.instance().store(name="evaluate_root", node=EvaluateRoot)
+
+
+def job(config: DictConfig) -> float:
+    """Hydra's task function: evaluate, store, print.
+
+    Args:
+        config: the composed configuration.
+
+    Returns:
+        Robust error by the first attack on the test examples of the last network evaluated: what a sweeper may
+        minimise; NaN without attack.
+
+    Raises:
+        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
+    """
+    context = HydraConfig.get()
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        rows = evaluate(config, dict(context.runtime.choices), command=list(context.overrides.task), console=console)
+    except UserError as error:
+        complain(str(error))
+        if context.mode is not None and context.mode.name == "MULTIRUN":
+            raise
+        sys.exit(1)
+    found = [r["value"] for r in rows if r["metric"] == "robust_error" and r["role"] == "test"]
+    return float(found[-1]) if found else float("nan")
+
+
+def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str], console: Console) -> list[Row]:
+    """Everything that one command asks for; what is stored already is not measured again.
+
+    Args:
+        config: composed configuration.
+        choices: group -> chosen file, as Hydra knows them; they name single attacks and measures.
+        command: the overrides that the user gave, for the record.
+        console: where progress and summary go.
+
+    Returns:
+        The rows of all networks evaluated.
+
+    Raises:
+        UserError: for whatever is wrong with configuration, run, checkpoint or data.
+    """
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    run = _run_folder(config)
+    stored = None if run is None else stored_config(run)
+    complete(config, stored, choices)
+    require_sound(config)
+    config.device = config.dataset.device = choose_device(config.device)
+    plan: EvaluationPlan = build(config.evaluation)
+    dataset: Dataset = build(config.dataset)
+    require_examples(plan, dataset)
+    torch.set_num_threads(config.threads or sensible_threads(dataset))
+    files = _files(config, run, plan)
+    folder = _open_folder(config, run, files)
+    with closing(folder):
+        if run is None:
+            write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
+        facts = provenance(command)
+        bench = Bench(
+            plan=plan,
+            dataset=dataset,
+            store=ResultStore(folder.path / RESULTS),
+            settings=resolved(config),
+            console=console,
+            facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
+            prefix="" if stored is None or _same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+        )
+        console.print(dataset.describe(), markup=False)
+        if plan.selection is not None and run is not None:
+            files = [_early_stopped(config, bench, run)]
+        names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
+        rows = bench.rows(names)
+        print_evaluation(console, rows, bench, files)
+    return rows
+
+
+def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, Any]) -> None:
+    """Fill in what the command leaves to the run, in place.
+
+    A single `attack=` or `flatness=` replaces the evaluation's own attacks and measures. Data, network and seed are
+    the run's unless given. An evaluation that names examples for flatness but no measure takes the run's.
+    """
+    singles = {group: config[group] for group in ("attack", "flatness") if config[group] is not None}
+    evaluation = config.evaluation
+    evaluation.setdefault("measures", {})
+    if singles:
+        evaluation.attacks, evaluation.measures, evaluation.restarts = {}, {}, {}
+        for group, node in singles.items():
+            place = evaluation.attacks if group == "attack" else evaluation.measures
+            place[str(choices.get(group, group)).replace("/", "_")] = node
+    config.attack = config.flatness = None
+    if stored is not None:
+        for group in ("dataset", "model"):
+            config[group] = _given_or_stored(config[group], stored[group])
+        config.attack = stored.get("attack")  # for its norm only
+        if not singles and not evaluation.measures and evaluation.get("flatness") and stored.get("flatness"):
+            evaluation.measures = {_measure_name(stored.flatness): stored.flatness}
+        if config.data_root is not None:
+            _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
+    config.seed = config.seed if config.seed is not None else (0 if stored is None else stored.seed)
+    config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
+
+
+def _measure_name(node: DictConfig) -> str:
+    """What a run's flatness measure is called: "average", "worst_clean", ..."""
+    case = "worst" if str(node.get("_target_")).endswith("WorstFlatness") else "average"
+    loss = node.get("loss", "robust")
+    return case if loss == "robust" else f"{case}_{loss}"
+
+
+def _given_or_stored(given: Any, stored: Any) -> Any:
+    if given is None:
+        return stored
+    return given if "_target_" in given else OmegaConf.merge(stored, given)
+
+
+def _same_data(one: DictConfig, other: DictConfig) -> bool:
+    """Whether two data sets have the same source, wherever its files lie."""
+    sources = [{k: v for k, v in node.source.items() if k not in ("root", "download")} for node in (one, other)]
+    return sources[0] == sources[1]
+
+
+def _move_data(dataset: DictConfig, old: str, new: str) -> None:
+    for node in (dataset.get("source"), dataset.get("extra")):
+        if node is not None and str(node.get("root")) == old:
+            node.root = new
+
+
+def require_sound(config: DictConfig) -> None:
+    """Check the completed configuration like that of a training run.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    problems = []
+    known = {f.name for f in fields(EvaluateRoot)}
+    problems += [f"{key!s}: nothing reads this key at the top level." for key in config if str(key) not in known]
+    for group in ("dataset", "model"):
+        if config[group] is None:
+            problems.append(f"{group}: a checkpoint from elsewhere needs {group}=<choice> to say what it is.")
+    shared = [f.name for f in fields(Root) if f.name in known]
+    problems += check(OmegaConf.masked_copy(config, shared))
+    if problems:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")
+    groups = OmegaConf.create(resolved(config))
+    groups.evaluation.flatness = None  # a rule of training: there the measure is a group of its own
+    check_together(groups)
+
+
+def require_examples(plan: EvaluationPlan, dataset: Dataset) -> None:
+    """Ask for every split before anything is measured.
+
+    Raises:
+        UserError: for a split that does not exist or asks for more examples than there are, naming its key.
+    """
+    texts = {**plan.splits, "flatness": plan.flatness_split, "flatness_train": plan.flatness_splits["train"]}
+    for key, text in texts.items():
+        try:
+            if text is not None:
+                dataset.split(text)
+        except UserError as error:
+            raise UserError(f"evaluation.{key}: {error}") from error
+
+
+def network(config: DictConfig, file: NetworkFile) -> tuple[nn.Module, str]:
+    """The configured network with the weights of a file, in eval mode on the device, and their digest.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
+    weights = weights_of(file)
+    model: nn.Module = build(config.model)
+    try:
+        load_into(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    return model.to(config.device).eval(), digest_of(weights)
+
+
+def _run_folder(config: DictConfig) -> Path | None:
+    if (config.run is None) == (config.checkpoint is None):
+        raise UserError(
+            "Say what to evaluate: run=<folder or id> for a run of train.py, or checkpoint=<file> with model=... and "
+            "dataset=... for a network trained elsewhere."
+        )
+    return None if config.run is None else find_run(str(config.run), Path(config.outputs))
+
+
+def _files(config: DictConfig, run: Path | None, plan: EvaluationPlan) -> list[NetworkFile]:
+    require_one_of("part", config.part, ("model", "average"))
+    _require_pieces(config, plan)
+    if run is None:
+        if plan.selection is not None or config.checkpoints is not None:
+            raise UserError("A single checkpoint has no snapshots to choose from: early stopping needs run=<folder>.")
+        return [
+            NetworkFile("last" if config.part == "model" else config.part, Path(config.checkpoint), config.part, None)
+        ]
+    if plan.selection is not None:
+        if not snapshots(run):
+            raise UserError(f"{run} has no snapshots to choose from. Train with trainer.callbacks.snapshots.every=5.")
+        return []
+    which = config.checkpoints if config.checkpoints is not None else plan.checkpoints
+    return choose(run, str(which if which is not None else "last"), config.part)
+
+
+def _require_pieces(config: DictConfig, plan: EvaluationPlan) -> None:
+    names = {*plan.attacks, *plan.measures}
+    for name in config.only:
+        require_one_of("A name in only=", name, names, hint="only=[] measures everything.")
+
+
+def _early_stopped(config: DictConfig, bench: Bench, run: Path) -> NetworkFile:
+    chosen = select_snapshot(bench, run, config.part, lambda file: network(config, file))
+    name = "early_stopped" if config.part == "model" else f"{config.part}_early_stopped"
+    return chosen._replace(name=name)
+
+
+def _open_folder(config: DictConfig, run: Path | None, files: list[NetworkFile]) -> RunFolder:
+    """The run's own folder, or one for a foreign checkpoint that depends on its content, data and network."""
+    if run is not None:
+        try:
+            identity = yaml.safe_load((run / "identity.yaml").read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{run / 'identity.yaml'} cannot be read: is {run} a run folder?") from error
+        return RunFolder(run, identity or {})
+    values = resolved(config)
+    identity = {
+        "weights": digest_of(weights_of(files[0])),
+        "model": values["model"],
+        "source": values["dataset"]["source"],
+    }
+    name = _safe_name(str(config.name or Path(config.checkpoint).stem))
+    return RunFolder(Path(config.outputs) / name / digest(identity), identity)
