@@ -8,7 +8,7 @@ from torch import nn
 
 from robustflat.errors import require_one_of, require_range
 from robustflat.losses.base import TrainingLoss, at_least_float32, error_rate
-from robustflat.losses.labels import SMOOTHING_TARGETS, noisy, smoothed
+from robustflat.losses.labels import SMOOTHING_TARGETS, as_probabilities, noisy, smoothed
 from robustflat.types import AdvBatch, LossTerms
 
 
@@ -57,6 +57,7 @@ class CrossEntropy(TrainingLoss):
         if self.label_noise > 0:
             y = noisy(y, classes, amount=self.label_noise, generator=generator)
         if self.label_smoothing > 0:
-            y = smoothed(y, classes, amount=self.label_smoothing, target=self.label_smoothing_target)
+            exact = as_probabilities(y, classes).to(logits.dtype)  # so that tau is not rounded to float32
+            y = smoothed(exact, classes, amount=self.label_smoothing, target=self.label_smoothing_target)
         total = F.cross_entropy(logits, y.to(logits.dtype) if y.is_floating_point() else y)
         return LossTerms(total, {"loss": total.detach(), "error": error_rate(logits, batch.y)})

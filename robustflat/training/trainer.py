@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,18 @@ class GradientRule(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A gradient rule that wants to know how far training is: for a warm-up, a growing strength, or random draws.
+
+    It keeps no state of its own, so that a resumed run needs none.
+    """
+
+    def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
+        """Called before each step with finished epochs and steps, and with the generator to draw from."""
+        ...
+
+
 class Trainer:
     """Trains a model: batches are crafted, scored, differentiated and stepped; the plugged-in objects say how.
 
@@ -85,7 +97,8 @@ class Trainer:
             batch, predicted labels, ...; see `attacks.wrappers`). An entry `None` is left out.
         epochs: >= 1.
         logger: takes "train/*" every `log_every` steps, "epoch/*" after each epoch, and "time/*" with both.
-        streams: named random generators: "attack" and "loss" are used here, others by the data.
+        streams: named random generators: "attack", "loss" and, by gradient rules, "weights" are used here, others
+            by the data.
         precision: "fp32", or "bf16": crafting and scoring under autocast, weights and optimizer in float32.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
@@ -232,6 +245,8 @@ class Trainer:
     def _train_step(self) -> None:
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.gradient, FollowsTraining):
+            self.gradient.follow(epoch=self.epoch, step=self.step, generator=self.streams["weights"])
         self._means.add(self.gradient(self.model, self._next_batch, self._score))
         self.optimizer.step()
         self.schedule.step()

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from robustflat.apps.build import build
 from robustflat.apps.check import check
-from robustflat.apps.config import config_folder, run_name
+from robustflat.apps.config import config_folder, register, run_name
 from robustflat.apps.rules import check_together
 from robustflat.loggers.base import Null
 from robustflat.rng import Streams
@@ -60,13 +62,19 @@ def golden() -> dict[str, dict[str, Any]]:
 def write_golden(name: str, changed: dict[str, Any]) -> None:
     GOLDEN.parent.mkdir(exist_ok=True)
     text = yaml.safe_dump({**golden(), name: changed}, sort_keys=True, width=120)
-    comment = f"# Differences of each experiment from iccv21/at. To write it anew: {REGENERATE}=1 pytest -n 0 {__file__}"
+    comment = (
+        f"# Differences of each experiment from iccv21/at. To write it anew: {REGENERATE}=1 pytest -n 0 {__file__}"
+    )
     GOLDEN.write_text(f"{comment.replace(str(GOLDEN.parents[2]) + '/', '')}\n{text}")
 
 
-@pytest.fixture
-def baseline(compose: Compose) -> dict[str, Any]:
-    return resolved_leaves(compose("+experiment=iccv21/at"))
+@pytest.fixture(scope="module")
+def baseline() -> dict[str, Any]:
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra.compose("train", ["+experiment=iccv21/at"])
+    return resolved_leaves(config)
 
 
 def test_there_is_one_file_for_each_of_the_74_rows():

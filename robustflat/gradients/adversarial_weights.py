@@ -1,0 +1,138 @@
+"""Adversarial weight perturbation: the gradient of a step is taken at the worst weights nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.geometry.weight_ball import WeightBall
+from robustflat.gradients.plain import Plain
+from robustflat.models.modes import displaced, frozen_statistics, perturbable
+from robustflat.types import AdvBatch, LossTerms, Weights
+
+STATISTICS = ("perturbed", "unperturbed")
+
+
+class AdversarialWeights:
+    """Gradient of the loss at w + nu, where nu in the ball makes the loss on the same batch large.
+
+    Wu et al., NeurIPS 2020 (AWP). With the ball of the paper, relative and per layer, one step is
+    nu_l = radius * ||w_l|| * g_l / ||g_l|| with g the gradient at w. With any loss: TRADES makes it TRADES-AWP.
+    The images are crafted once, at w. Cost of a step: `steps` more forward and backward passes.
+
+    The ascent is in train mode. Its passes and those at w + nu together leave the traces of one ordinary
+    scoring in the running statistics of batch norm, and the weights come back bit for bit. (The code released
+    by Stutz et al. takes its only ascent step after the last evaluation and so trains at w, with each entry of
+    the gradient clipped at 0.05; neither is done here.)
+
+    Args:
+        ball: where nu may lie.
+        steps: ascent steps, >= 1.
+        step_size: length of one step in units of the ball's radius, > 0, such as 0.01 for a relative step of
+            1 %; `None`: radius / steps.
+        warmup_epochs: number of epochs, >= 0, that are trained with the plain gradient first (authors of AWP: 0
+            for AT, 10 for TRADES). Counted in the epochs that `follow` reports.
+        statistics: which weights the running statistics are those of. "perturbed": w + nu, as in the AWP
+            authors' code. "unperturbed": w, which are the weights evaluated later; the same cost.
+        norm_layers, biases: whether those weights are perturbed too; see `perturbable`.
+
+    Raises:
+        UserError: for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        ball: WeightBall,
+        *,
+        steps: int = 1,
+        step_size: float | None = None,
+        warmup_epochs: int = 0,
+        statistics: str = "perturbed",
+        norm_layers: bool = False,
+        biases: bool = True,
+    ) -> None:
+        require_range("steps", steps, low=1, hint="For no perturbation use trainer/gradient=plain.")
+        require_range("warmup_epochs", warmup_epochs, low=0)
+        require_one_of("statistics", statistics, STATISTICS)
+        if step_size is not None:
+            require_range("step_size", step_size, low=0, low_open=True)
+        length = ball.radius / steps if step_size is None else step_size
+        self.ball = ball
+        self.step_ball = WeightBall(length, ball.norm, ball.grouping, ball.relative)
+        self.steps = steps
+        self.warmup_epochs = warmup_epochs
+        self.statistics = statistics
+        self.norm_layers, self.biases = norm_layers, biases
+        self._epoch = 0
+        self._plain = Plain()
+
+    def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
+        """Take note of the progress of training: finished epochs, of which the warm-up is counted."""
+        self._epoch = epoch
+
+    def __call__(
+        self, model: nn.Module, next_batch: Callable[[], AdvBatch], loss: Callable[[AdvBatch], LossTerms]
+    ) -> dict[str, Tensor]:
+        """Add the gradient at w + nu to `p.grad`; see `Plain`.
+
+        Returns:
+            The parts of the loss at w + nu, and "weight_ascent", by how much its total is above that at w.
+
+        Raises:
+            UserError: if the model has no weights that may be perturbed.
+        """
+        if self._epoch < self.warmup_epochs:
+            return self._plain(model, next_batch, loss)
+        batch = next_batch()
+        nu, before = self._ascend(model, batch, loss)
+        frozen_here = frozen_statistics(model) if self.statistics == "unperturbed" else nullcontext()
+        with displaced(model, nu), frozen_here:
+            terms = loss(batch)
+            terms.total.backward()  # type: ignore[no-untyped-call]
+        return {**terms.parts, "weight_ascent": terms.total.detach() - before}
+
+    def _ascend(
+        self, model: nn.Module, batch: AdvBatch, loss: Callable[[AdvBatch], LossTerms]
+    ) -> tuple[Weights, Tensor]:
+        """The perturbation nu, and the loss at w."""
+        w = {name: view.clone() for name, view in self._chosen(model).items()}
+        nu = {name: torch.zeros_like(weight) for name, weight in w.items()}
+        before: Tensor | None = None
+        for _ in range(self.steps):
+            first = before is None  # at w itself, because nu is still zero
+            counts = first and self.statistics == "unperturbed"
+            with displaced(model, nu), nullcontext() if counts else frozen_statistics(model):
+                total, gradient = loss_and_gradient(model, list(w), lambda: loss(batch))
+            before = total if before is None else before
+            step = self.step_ball.steepest(gradient, w)
+            nu = self.ball.project({name: nu[name] + step[name] for name in nu}, w)
+        assert before is not None
+        return nu, before
+
+    def _chosen(self, model: nn.Module) -> Weights:
+        return perturbable(model, norm_layers=self.norm_layers, biases=self.biases)
+
+
+def loss_and_gradient(model: nn.Module, names: list[str], score: Callable[[], LossTerms]) -> tuple[Tensor, Weights]:
+    """Total loss, 0-dim and detached, and its gradient by the named parameters; no `p.grad` changes.
+
+    Args:
+        model: the network that `score` scores.
+        names: parameters of the model; the gradient of one that the loss does not depend on is zero.
+        score: computes the loss.
+
+    Raises:
+        UserError: if the loss depends on none of the parameters.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = [parameters[name] for name in names]
+    terms = score()
+    if not terms.total.requires_grad:
+        raise UserError("the loss does not depend on the model's weights, so there is no direction to perturb them in.")
+    found = torch.autograd.grad(terms.total, chosen, allow_unused=True)
+    slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, found, strict=True)]
+    return terms.total.detach(), dict(zip(names, slopes, strict=True))
