@@ -1,0 +1,187 @@
+"""Products of curvature matrices with vectors: Hessian, Gauss-Newton and Fisher, of the mean loss over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from robustflat.attacks.judging import held_still
+from robustflat.errors import UserError, require_one_of
+from robustflat.models.precision import exact_float32
+from robustflat.rng import generator_for
+from robustflat.types import Batch, Weights
+
+CURVATURES = ("hessian", "gauss_newton", "fisher", "empirical_fisher")
+REDUCTIONS = ("mean", "sum_over_batches")
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class _Graph(NamedTuple):
+    """One batch, differentiated once: the weights as leaves, logits (B, K), and d loss / d weights with graph."""
+
+    leaves: list[Tensor]
+    logits: Tensor
+    labels: Tensor
+    gradient: list[Tensor]
+
+
+class CurvatureProducts:
+    """Maps row vectors v (k, n) to v C, where C (n, n) is the curvature of the cross-entropy in the given weights.
+
+    * "hessian": second derivatives, by differentiating the gradient.
+    * "gauss_newton": J^T S J with J the Jacobian of the logits and S = diag(p) - p p^T the Hessian of cross-entropy
+      in the logits; positive semi-definite. For cross-entropy this *is* the Fisher matrix, expectation over
+      the model's own labels taken exactly.
+    * "fisher": the same expectation by one label drawn per example: the mean of g g^T, g the gradient for that label.
+    * "empirical_fisher": the mean of g g^T with the true labels; away from a perfect fit, neither of the others.
+
+    The model itself does not change: its tensors are replaced functionally, in the wanted precision. Several vectors at
+    once share the forward and first backward pass; with a single batch the graph of these is kept between
+    calls, which takes no more memory than a call needs anyway. Call `release` when done.
+
+    Args:
+        model: images -> logits; run in eval mode.
+        batches: images and labels (B,) on the model's device; every batch may have its own size.
+        weights: names (and shapes) of the n numbers that count, as `perturbable` returns them.
+        curvature: one of the above.
+        reduction: "mean" over all examples, or "sum_over_batches" of the batches' means, as released by Stutz et al.
+        precision: "fp32" or "fp64".
+        seed: of the labels drawn for "fisher".
+
+    Raises:
+        UserError: if an option is unknown, or there is no batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        weights: Weights,
+        *,
+        curvature: str = "hessian",
+        reduction: str = "mean",
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        require_one_of("curvature", curvature, CURVATURES)
+        require_one_of("reduction", reduction, REDUCTIONS)
+        require_one_of("precision", precision, PRECISIONS)
+        if not batches or not weights:
+            raise UserError("Curvature needs at least one batch and one weight tensor.")
+        self.model, self.curvature, self.seed = model, curvature, seed
+        self.dtype = PRECISIONS[precision]
+        self.batches = [Batch(x.to(self.dtype), y) for x, y in batches]
+        self.names = list(weights)
+        self.shapes = [w.shape for w in weights.values()]
+        self.sizes = [w.numel() for w in weights.values()]
+        self.device = self.batches[0].x.device
+        total = sum(len(batch.y) for batch in self.batches)
+        self._shares = [len(b.y) / total if reduction == "mean" else 1.0 for b in self.batches]
+        self._state = {name: self._cast(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._kept: _Graph | None = None
+        self.count = 0
+        """Products computed so far, one per vector."""
+
+    @property
+    def dimension(self) -> int:
+        """n, how many weights there are."""
+        return sum(self.sizes)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Products (k, n), or (n,) for one vector (n,); in this object's precision."""
+        if vectors.shape[-1] != self.dimension or vectors.ndim > 2:
+            raise UserError(f"vectors must have shape (k, {self.dimension}), got {tuple(vectors.shape)}.")
+        rows = vectors.reshape(-1, self.dimension).to(self.dtype)
+        result = torch.zeros_like(rows)
+        with held_still(self.model), exact_float32(self.device), torch.enable_grad():
+            for index, share in enumerate(self._shares):
+                graph = self._graph(index)
+                for row, total in zip(rows, result, strict=True):
+                    total.add_(self._product(graph, row, index), alpha=share)
+        self.count += len(rows)
+        return result.reshape(vectors.shape)
+
+    def gradient(self) -> Tensor:
+        """Gradient (n,) of the loss, reduced like the curvature."""
+        result = torch.zeros(self.dimension, dtype=self.dtype, device=self.device)
+        with held_still(self.model), exact_float32(self.device), torch.enable_grad():
+            for index, share in enumerate(self._shares):
+                result.add_(self._flat(self._graph(index).gradient).detach(), alpha=share)
+        return result
+
+    def named(self, vector: Tensor) -> Weights:
+        """A vector (n,) as name -> tensor of the weight's shape."""
+        parts = torch.split(vector, self.sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def flat(self, weights: Weights) -> Tensor:
+        """The reverse of `named`, (n,) in this object's precision."""
+        return torch.cat([weights[name].reshape(-1).to(self.device, self.dtype) for name in self.names])
+
+    def release(self) -> None:
+        """Forget the graph kept between calls."""
+        self._kept = None
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor.detach()
+
+    def _graph(self, index: int) -> _Graph:
+        if self._kept is not None:
+            return self._kept
+        leaves = [self._state[name].clone().requires_grad_() for name in self.names]
+        x, y = self.batches[index]
+        state = {**self._state, **dict(zip(self.names, leaves, strict=True))}
+        logits = functional_call(self.model, state, (x,))
+        loss = F.cross_entropy(logits, y)
+        gradient = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        graph = _Graph(leaves, logits, y, list(gradient))
+        if len(self.batches) == 1:
+            self._kept = graph
+        return graph
+
+    def _product(self, graph: _Graph, vector: Tensor, index: int) -> Tensor:
+        directions = [
+            part.view(shape) for part, shape in zip(torch.split(vector, self.sizes), self.shapes, strict=True)
+        ]
+        if self.curvature == "hessian":
+            return self._pulled_back(graph.gradient, directions, graph.leaves)
+        # Pull back a dummy, then differentiate by it: that is J v, with backward passes alone.
+        dummy = torch.zeros_like(graph.logits, requires_grad=True)
+        back = torch.autograd.grad(graph.logits, graph.leaves, dummy, create_graph=True, materialize_grads=True)
+        push = torch.zeros_like(dummy)
+        pairs = [(b, d) for b, d in zip(back, directions, strict=True) if b.requires_grad]
+        if pairs:
+            push = torch.autograd.grad([b for b, _ in pairs], dummy, [d for _, d in pairs], retain_graph=True)[0]
+        return self._pulled_back([graph.logits], [self._in_logits(graph, push, index)], graph.leaves)
+
+    @torch.no_grad()
+    def _in_logits(self, graph: _Graph, push: Tensor, index: int) -> Tensor:
+        """Curvature of the batch's mean loss in the logits, times `push` (B, K)."""
+        p = graph.logits.softmax(dim=1)
+        if self.curvature == "gauss_newton":
+            return (p * push - p * (p * push).sum(dim=1, keepdim=True)) / len(p)
+        labels = graph.labels
+        if self.curvature == "fisher":
+            generator = generator_for(self.seed, "fisher", index, device=p.device)
+            labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
+        slope = p - F.one_hot(labels, p.shape[1]).to(p)
+        return slope * (slope * push).sum(dim=1, keepdim=True) / len(p)
+
+    def _pulled_back(self, outputs: list[Tensor], vectors: list[Tensor], leaves: list[Tensor]) -> Tensor:
+        """Sum over outputs of vector^T d output / d leaves, (n,)."""
+        pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+        if not pairs:
+            return torch.zeros(self.dimension, dtype=self.dtype, device=self.device)
+        pulled = torch.autograd.grad(
+            [o for o, _ in pairs], leaves, [v for _, v in pairs], retain_graph=True, materialize_grads=True
+        )
+        return self._flat(pulled)
+
+    @staticmethod
+    def _flat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,1 @@
+"""Sharpness measures of the literature, on clean, frozen-adversarial or re-attacked loss, behind one protocol."""

@@ -1,0 +1,104 @@
+"""Sharpness from derivatives at the weights: gradient norm, Fisher-Rao, scale-normalised traces, relative flatness."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.flatness.measures.measure import Reading
+from robustflat.flatness.measures.surface import LossSurface
+from robustflat.flatness.trace import mean_of, signs
+
+
+class GradientNorm:
+    """|gradient of L at w|_2: what flatness measures of first order start from (Zhang et al., CVPR 2023)."""
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """In nats per unit of weight."""
+        _, slope = surface.slope()
+        return Reading(math.sqrt(sum(float(g.double().square().sum()) for g in slope.values())))
+
+
+class FisherRao:
+    """w^T F w with the Fisher matrix F of the loss (Liang et al., AISTATS 2019), from the definition.
+
+    Their closed form for bias-free ReLU networks is not used: batch norm and biases break it.
+
+    Args:
+        labels: "model": the exact expectation over the model's own labels; "true": with the true labels.
+    """
+
+    def __init__(self, labels: str = "model") -> None:
+        require_one_of("labels", labels, ("model", "true"))
+        self.labels = labels
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """The squared norm; its root is in the details."""
+        curvature = "gauss_newton" if self.labels == "model" else "empirical_fisher"
+        products = surface.products(curvature=curvature)
+        w = products.flat(surface.weights)
+        value = float(w @ products(w))
+        surface.passes += 4
+        return Reading(value, details={"root": math.sqrt(max(value, 0.0))})
+
+
+class ScaledTrace:
+    """sum over layers of |w_l|^2 tr H_l: a trace that scaling one layer up and the next down leaves alone.
+
+    After Tsuzuku et al. (ICML 2020). It is the trace of the Hessian in units of each layer's norm, estimated by
+    Hutchinson's method with vectors |w_l| s_l of random signs s: each draw, not only their mean, is invariant.
+
+    Args:
+        draws: random vectors, one product each, >= 1.
+    """
+
+    def __init__(self, draws: int = 20) -> None:
+        require_range("draws", draws, low=1)
+        self.draws = draws
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """The sum over the layers (tensors) of w."""
+        products = surface.products()
+        units = products.flat({name: w.norm().expand_as(w) for name, w in surface.weights.items()})
+        drawn = signs((self.draws, len(units)), units, surface.generator("scaled trace"))
+        samples = torch.stack([row @ products(row) for row in drawn * units])
+        surface.passes += 4 * self.draws
+        return Reading(*mean_of(samples.cpu()))
+
+
+class RelativeFlatness:
+    """sum over rows s, s' of one layer's matrix W of <w_s, w_s'> tr H_{s,s'} (Petzka et al., NeurIPS 2021).
+
+    H_{s,s'} holds the second derivatives by rows s and s'. Estimated without bias as the mean of <V, H V> with
+    V = (W a) b^T for random signs a and b: the expectation of V_si V_s'i' is <w_s, w_s'> if i = i', else 0.
+
+    Args:
+        layer: name of a weight with two dimensions; `None`: the last one of the network.
+        draws: random vectors, >= 1.
+    """
+
+    def __init__(self, layer: str | None = None, draws: int = 50) -> None:
+        require_range("draws", draws, low=1)
+        self.layer, self.draws = layer, draws
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """The sum.
+
+        Raises:
+            UserError: if there is no such layer.
+        """
+        matrices = [name for name, w in surface.weights.items() if w.ndim == 2]
+        name = self.layer or (matrices[-1] if matrices else "")
+        if name not in matrices:
+            raise UserError(f"'{name}' is no weight with two dimensions. Choose of: {', '.join(matrices) or 'none'}.")
+        products = surface.products(names=[name])
+        w = surface.weights[name].double()
+        generator = surface.generator("relative flatness")
+        rows = signs((self.draws, w.shape[1]), w, generator) @ w.T  # (draws, out)
+        columns = signs((self.draws, w.shape[1]), w, generator)
+        drawn = (torch.outer(row, column).flatten() for row, column in zip(rows, columns, strict=True))
+        samples = torch.stack([vector @ products(vector) for vector in drawn])
+        surface.passes += 4 * self.draws
+        return Reading(*mean_of(samples.cpu()))

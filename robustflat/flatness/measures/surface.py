@@ -1,0 +1,165 @@
+"""The loss of one network as a function of a displacement of its weights: what every sharpness measure looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.attacks.describe import describe
+from robustflat.attacks.examples import Array, batches_for
+from robustflat.attacks.objectives import cross_entropy
+from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.flatness.curvature_products import CurvatureProducts
+from robustflat.flatness.directions import loss_and_gradient
+from robustflat.flatness.hessian import frozen_batches
+from robustflat.flatness.subject import Subject, subject
+from robustflat.models.modes import displaced
+from robustflat.rng import generator_for
+from robustflat.types import Attack, Batch, Weights
+
+LOSSES = ("clean", "frozen", "robust")
+
+
+class LossSurface:
+    """L(w + nu): mean cross-entropy over fixed examples, clean, frozen-adversarial, or attacked again at each nu.
+
+    "frozen" finds adversarial examples once, at w. For the "robust" loss, gradients are those on the examples found at
+    w + nu (Danskin), and curvature, which that loss does not have where the strongest example jumps, is that of the
+    frozen one. Attacks use the same random draws at every nu.
+
+    Args:
+        model: images in [0, 1] -> logits; in eval mode inside, left as found.
+        images, labels: (N, C, H, W) and (N,).
+        loss: one of the above.
+        attack: for the frozen and robust loss.
+        norm_layers, biases: whether those parameters belong to w.
+        batch_size: bounds memory.
+        seed: of attacks and of all draws of the measures.
+
+    Raises:
+        UserError: if the model, images or labels cannot be measured, or loss and attack do not go together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Array,
+        labels: Array,
+        *,
+        loss: str = "clean",
+        attack: Attack | None = None,
+        norm_layers: bool = False,
+        biases: bool = True,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        require_one_of("loss", loss, LOSSES)
+        require_range("seed", seed, low=0)
+        if (loss == "clean") != (attack is None):
+            raise UserError(f"loss='{loss}' {'uses no' if loss == 'clean' else 'needs an'} attack.")
+        batches = batches_for(model, images, labels, batch_size=batch_size)
+        found = subject(model, batches, norm_layers=norm_layers, biases=biases)
+        fixed = found.batches if attack is None else frozen_batches(found, attack, seed)
+        self._set(found, fixed, loss, attack, seed)
+        self.parameters = found.described(norm_layers, biases)
+
+    def _set(self, found: Subject, fixed: list[Batch], loss: str, attack: Attack | None, seed: int) -> None:
+        self.found, self.fixed, self.loss, self.attack, self.seed = found, fixed, loss, attack, seed
+        self.weights = {name: w.clone() for name, w in found.weights.items()}
+        self.passes = 0
+        """Sweeps over the examples so far: forward passes, gradients (count twice) and products (four times)."""
+        self.parameters = ""
+
+    @property
+    def described(self) -> str:
+        """The loss in words."""
+        return f"{self.loss} loss" + ("" if self.attack is None else f", attack {describe(self.attack)}")
+
+    def generator(self, *names: str | int) -> torch.Generator:
+        """Fresh random stream for a measure."""
+        return generator_for(self.seed, *names, device=self.found.device)
+
+    @torch.no_grad()
+    def logits(self, nu: Weights | None = None) -> Tensor:
+        """Logits (N, K) at w + nu, on the images that the loss there is measured on."""
+        self.passes += 1
+        with displaced(self.found.model, nu or {}):
+            return torch.cat([judged_logits(self.found.model, x) for x, _ in self._batches(nu)])
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels (N,)."""
+        return torch.cat([batch.y for batch in self.fixed])
+
+    def losses(self, nu: Weights | None = None) -> Tensor:
+        """Loss of each example at w + nu, float64 (N,)."""
+        return cross_entropy(self.logits(nu), self.labels).double()
+
+    def value(self, nu: Weights | None = None) -> float:
+        """Mean loss at w + nu."""
+        return float(self.losses(nu).mean())
+
+    def error(self, nu: Weights | None = None) -> float:
+        """Fraction of examples misclassified at w + nu."""
+        return float((self.logits(nu).argmax(dim=1) != self.labels).double().mean())
+
+    def slope(self, nu: Weights | None = None) -> tuple[float, Weights]:
+        """Mean loss at w + nu and its gradient."""
+        self.passes += 3
+        with displaced(self.found.model, nu or {}):
+            return loss_and_gradient(self.found.model, self._batches(nu), list(self.weights))
+
+    def products(self, *, curvature: str = "hessian", names: Sequence[str] | None = None) -> CurvatureProducts:
+        """Products with the curvature at w, in float64, of the named weights or all."""
+        chosen = self.weights if names is None else {name: self.weights[name] for name in names}
+        return CurvatureProducts(
+            self.found.model, self.fixed, chosen, curvature=curvature, precision="fp64", seed=self.seed
+        )
+
+    def parts(self, size: int) -> Iterator[LossSurface]:
+        """Surfaces of `size` examples each, in order; the last may hold fewer."""
+        x = torch.cat([batch.x for batch in self.found.batches])
+        fixed = torch.cat([batch.x for batch in self.fixed])
+        for own, still, y in zip(*(torch.split(t, size) for t in (x, fixed, self.labels)), strict=True):
+            part = LossSurface.__new__(LossSurface)
+            found = Subject(self.found.model, [Batch(own, y)], self.found.weights)
+            part._set(found, [Batch(still, y)], self.loss, self.attack, self.seed)
+            part.parameters = self.parameters
+            yield part
+
+    def _batches(self, nu: Weights | None) -> list[Batch]:
+        """Images at the weights as they are now."""
+        if self.loss != "robust" or nu is None:
+            return self.fixed
+        assert self.attack is not None, "checked by the constructor"
+        batches = []
+        for index, (x, y) in enumerate(self.found.batches):
+            generator = generator_for(self.seed, "reference", index, device=x.device)
+            batches.append(Batch(strongest(self.found.model, x, y, self.attack, generator=generator).x_adv, y))
+        return batches
+
+
+class NormalizedLogits(nn.Module):
+    """A network whose logits z become (z - mean z) / |z - mean z|, so that no measure depends on their scale.
+
+    Wrap a network in it for the logit-normalised variants of Andriushchenko et al. (ICML 2023).
+
+    Args:
+        network: images -> logits (B, K).
+        temperature: logits are divided by it afterwards, > 0.
+    """
+
+    def __init__(self, network: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__()
+        require_range("temperature", temperature, low=0, low_open=True)
+        self.network, self.temperature = network, temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> normalised logits (B, K); equal logits become zeros."""
+        z = self.network(x)
+        z = z - z.mean(dim=1, keepdim=True)
+        scaled: Tensor = z / (self.temperature * z.norm(dim=1, keepdim=True).clamp_min(1e-10))
+        return scaled

@@ -1,0 +1,115 @@
+"""Searching on a rewritten copy: the same flatness, judged by the network itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from robustflat.attacks.pgd import Pgd
+from robustflat.attacks.strongest import search_model, strongest
+from robustflat.errors import UserError
+from robustflat.flatness.average import AverageFlatness
+from robustflat.flatness.worst import WorstFlatness
+from robustflat.geometry.input_ball import LinfBall
+from robustflat.geometry.weight_ball import WeightBall
+from tests.unit.flatness.networks import convnet, examples
+
+ATTACK = Pgd(LinfBall(0.05), steps=5, step_size=0.02)
+
+
+@pytest.mark.parametrize(("search", "tolerance"), [("fp32", 1e-3), ("bf16", 0.02)])
+def test_average_flatness_is_that_of_the_plain_search(search, tolerance):
+    model, (x, y) = convnet(), examples(40)
+    found = [
+        AverageFlatness(WeightBall(1.0), trials=3, attack=ATTACK, search=way)(model, x, y) for way in ("plain", search)
+    ]
+    assert found[0].value > 0.01
+    assert found[1].value == pytest.approx(found[0].value, rel=tolerance)
+    assert torch.allclose(found[1].reference, found[0].reference, atol=tolerance)
+
+
+def test_worst_flatness_is_that_of_the_plain_search():
+    model, (x, y) = convnet(), examples(40)
+    found = [
+        WorstFlatness(WeightBall(0.1), restarts=2, steps=5, input_ball=LinfBall(0.05), search=way)(model, x, y)
+        for way in ("plain", "fp32")
+    ]
+    assert found[0].value > 0.01
+    assert found[1].value == pytest.approx(found[0].value, rel=1e-3)
+    assert torch.allclose(found[0].trace, found[1].trace, atol=1e-4)
+
+
+def test_the_network_is_left_as_it_was_found():
+    model, (x, y) = convnet(), examples(8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    AverageFlatness(WeightBall(0.3), trials=1, attack=ATTACK, search="bf16")(model.train(), x, y)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_plain_network_judges_what_the_copy_has_found():
+    model, (x, y) = convnet(), examples(8)
+    found = strongest(model, x, y, ATTACK, generator=torch.Generator().manual_seed(0), search="bf16")
+    with torch.no_grad():
+        assert torch.equal(found.logits, model(found.x_adv))
+
+
+def test_bf16_that_changes_the_logits_beyond_use_falls_back_to_float32(monkeypatch):
+    model, (x, _) = convnet(), examples(8)
+    from robustflat.models import inference
+
+    monkeypatch.setattr(inference, "_HALF_TOLERANCE", 0.0)
+    copy = search_model(model, x, "bf16")
+    with torch.no_grad():
+        assert torch.allclose(copy(x), model(x), atol=1e-5)
+
+
+def test_measures_that_share_a_reference_say_so_alike():
+    ball, options = LinfBall(0.05), {"search": "fp32"}
+    average = AverageFlatness(attack=Pgd(ball, steps=20, step_size=0.007), **options)
+    worst = WorstFlatness(input_ball=ball, **options)
+    assert average.reference_settings == worst.reference_settings
+    assert average.reference_settings != WorstFlatness(input_ball=ball).reference_settings
+    assert AverageFlatness(loss="clean").reference_settings == WorstFlatness(loss="clean").reference_settings
+    assert AverageFlatness(loss="frozen").reference_settings is None
+    released = AverageFlatness(protocol="released")
+    assert released.reference_settings != AverageFlatness().reference_settings
+
+
+def test_equal_reference_settings_and_seed_give_the_same_reference():
+    model, (x, y) = convnet(), examples(12)
+    ball = LinfBall(0.05)
+    attack = Pgd(ball, steps=20, step_size=0.01)
+    average = AverageFlatness(trials=1, attack=attack, seed=4)
+    worst = WorstFlatness(restarts=1, steps=1, input_ball=ball, input_step=0.01, seed=4)
+    assert average.reference_settings == worst.reference_settings
+    assert torch.equal(average(model, x, y).reference, worst(model, x, y).reference)
+
+
+def test_another_search_is_refused():
+    for make in (AverageFlatness, WorstFlatness):
+        with pytest.raises(UserError, match="search must be one of"):
+            make(search="fp8")
+
+
+class Viewing(nn.Module):
+    """Takes its images in one memory order only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(48, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).view(len(x), -1))
+
+
+@pytest.mark.parametrize("search", ["fp32", "bf16"])
+def test_a_network_that_needs_its_memory_order_is_measured_too(search):
+    torch.manual_seed(0)
+    model, (x, y) = Viewing().eval(), examples(8)
+    found = [
+        AverageFlatness(WeightBall(0.5), trials=1, attack=ATTACK, search=way)(model, x, y % 2)
+        for way in ("plain", search)
+    ]
+    assert found[1].value == pytest.approx(found[0].value, abs=0.01)

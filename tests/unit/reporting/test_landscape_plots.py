@@ -1,0 +1,73 @@
+"""Pictures of landscapes: what is drawn is the mean, spread and maximum of the arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from robustflat.errors import UserError
+from robustflat.reporting.landscape_plots import landscape_lines, landscape_planes
+
+
+@dataclass
+class Measured:
+    steps: Tensor
+    losses: Tensor
+    errors: Tensor
+
+
+def lines(shift: float) -> Measured:
+    steps = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    losses = torch.stack([1 + shift * steps**2, 1 + 3 * shift * steps**2])
+    return Measured(steps, losses, losses / 10)
+
+
+def plane() -> Measured:
+    steps = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    losses = 0.1 + steps[:, None] ** 2 + 3 * steps[None] ** 2
+    return Measured(steps, losses, losses / 10)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    seen: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
+    return seen
+
+
+def test_mean_band_and_maximum_of_every_network_are_drawn_on_one_scale(drawn, tmp_path) -> None:
+    files = landscape_lines({"one": lines(1.0), "two": lines(2.0)}, tmp_path / "new" / "a.png", title="both")
+    assert [f.name for f in files] == ["a.png", "a.svg"] and all(f.stat().st_size > 1000 for f in files)
+    left, right = drawn[0].axes
+    mean, highest = left.lines[0].get_ydata(), left.lines[1].get_ydata()
+    assert list(mean) == pytest.approx([3, 1.5, 1, 1.5, 3])
+    assert list(highest) == pytest.approx([4, 1.75, 1, 1.75, 4])
+    band = left.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((1, 4))  # no wider than the directions themselves
+    assert list(right.lines[0].get_ydata()) == pytest.approx([30, 15, 10, 15, 30])
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels[:2] == ["one", "two"] and "2 directions" in labels[2]
+    assert "nats" in left.get_ylabel() and "%" in right.get_ylabel() and left.get_xlabel()
+
+
+def test_planes_share_levels_and_show_the_first_direction_to_the_right(drawn, tmp_path) -> None:
+    landscape_planes({"one": plane(), "two": plane()}, tmp_path / "b.png")
+    first = drawn[0].axes[0]
+    assert "direction 1" in first.get_xlabel()
+    heights = first.collections[0]
+    assert heights.get_array() is not None
+    assert (tmp_path / "b.svg").exists()
+
+
+def test_pictures_that_cannot_be_drawn_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="shows 1 to 7 networks, got 0"):
+        landscape_lines({}, tmp_path / "a.png")
+    with pytest.raises(UserError, match="no plane to show"):
+        landscape_planes({}, tmp_path / "a.png")
+    with pytest.raises(UserError, match="is no plane"):
+        landscape_planes({"a": lines(1.0)}, tmp_path / "a.png")
