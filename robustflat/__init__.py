@@ -13,16 +13,36 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from robustflat.attacks.autoattack import AutoAttack
     from robustflat.attacks.pgd import Pgd
     from robustflat.evaluation.evaluate import evaluate
     from robustflat.flatness.average import AverageFlatness
+    from robustflat.flatness.hessian import HessianSpectrum, hessian_spectrum
+    from robustflat.flatness.landscape import Landscape
     from robustflat.flatness.worst import WorstFlatness
     from robustflat.geometry.input_ball import L1Ball, L2Ball, LinfBall
     from robustflat.geometry.weight_ball import WeightBall
 
-__all__ = ["AverageFlatness", "L1Ball", "L2Ball", "LinfBall", "Pgd", "WeightBall", "WorstFlatness", "evaluate"]
+__all__ = [
+    "AutoAttack",
+    "AverageFlatness",
+    "HessianSpectrum",
+    "L1Ball",
+    "L2Ball",
+    "Landscape",
+    "LinfBall",
+    "Pgd",
+    "WeightBall",
+    "WorstFlatness",
+    "evaluate",
+    "hessian_spectrum",
+]
 
 _ROOMS = {
+    "AutoAttack": "attacks.autoattack",
+    "HessianSpectrum": "flatness.hessian",
+    "Landscape": "flatness.landscape",
+    "hessian_spectrum": "flatness.hessian",
     "AverageFlatness": "flatness.average",
     "L1Ball": "geometry.input_ball",
     "L2Ball": "geometry.input_ball",

@@ -135,7 +135,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     """Build everything, cheapest first and data last, and load the newest checkpoint if there is one."""
     torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
-    attack, make_trainer = build(config.attack), build(_without_callbacks(config.trainer), _partial_=True)
+    attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
     callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
     logger = _logger(config, folder, name, console)
     model = seeded_model(config).to(config.device)
@@ -191,8 +191,9 @@ def require_splits(config: DictConfig, dataset: Dataset) -> None:
             raise UserError(f"evaluation.{key}: {error}") from error
 
 
-def _without_callbacks(node: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "callbacks"])
+def _without_callbacks(config: DictConfig) -> DictConfig:
+    """The trainer's node with interpolations resolved, as it loses its place in the whole configuration."""
+    return OmegaConf.create({key: value for key, value in resolved(config)["trainer"].items() if key != "callbacks"})
 
 
 def seeded_model(config: DictConfig) -> nn.Module:
