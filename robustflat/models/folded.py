@@ -1,0 +1,106 @@
+"""A network as a function of weights and images, with batch norm folded into the layers before it.
+
+For searches that move the weights: folding happens on the moved weights, differentiably, at every call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from robustflat.errors import UserError
+from robustflat.models.inference import _LINEAR, BatchNorm, Linear
+from robustflat.models.inference import _pairs as foldable_pairs
+from robustflat.models.modes import evaluating, frozen
+from robustflat.models.norms import ReBatchNorm
+
+WeightsForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""(some weights by name, images (B, C, H, W)) -> logits (B, K); other weights are the network's own."""
+
+_TOLERANCE = 1e-3
+
+
+def plain_forward(model: nn.Module) -> WeightsForward:
+    """The network itself as such a function."""
+    return lambda weights, x: functional_call(model, dict(weights), (x,))
+
+
+def folded_forward(model: nn.Module, example: Tensor) -> WeightsForward:
+    """The same function with running-statistics batch norms folded, and convolutions in channels-last order.
+
+    Args:
+        model: images in [0, 1] -> logits; not touched, and not needed in eval mode.
+        example: a few images that the model takes, on its device.
+
+    Returns:
+        The folded function; the plain one where nothing can be folded, or folding changes logits by more than rounding.
+    """
+    try:
+        network = copy.deepcopy(model).eval().requires_grad_(False)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be copied for rewriting ({error}). Search with the plain model."
+        ) from error
+    folds = {}
+    for linear_path, norm_path in foldable_pairs(network, example):
+        linear, norm = network.get_submodule(linear_path), network.get_submodule(norm_path)
+        assert isinstance(linear, _LINEAR)
+        folds[linear_path] = _Fold(linear, norm)  # type: ignore[arg-type]  # pairs end in a batch norm
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(folds[linear_path].shift), requires_grad=False)
+        network.set_submodule(norm_path, nn.Identity())
+
+    def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        moved = dict(weights)
+        for path, fold in folds.items():
+            moved |= fold(path, weights)
+        images = x.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = functional_call(network, moved, (images,))
+        return logits
+
+    return forward if folds and _same(model, forward, example) else plain_forward(model)
+
+
+class _Fold:
+    """How one batch norm acts on the weights of the layer before it: scale per channel, and shift."""
+
+    def __init__(self, linear: Linear, norm: BatchNorm) -> None:
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if isinstance(norm, ReBatchNorm):
+            scale = scale * norm.scale.double()
+        elif norm.affine:
+            scale = scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        dtype = linear.weight.dtype
+        self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        self.scale, self.shift = scale.to(dtype), shift.to(dtype)
+
+    def __call__(self, path: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Folded weight and bias of the layer at `path`."""
+        weight = weights.get(f"{path}.weight", self.weight)
+        bias = weights.get(f"{path}.bias", self.bias)
+        scaled = weight * self.scale.view(-1, *[1] * (weight.ndim - 1))
+        return {
+            f"{path}.weight": scaled,
+            f"{path}.bias": self.shift if bias is None else self.shift + bias * self.scale,
+        }
+
+
+@torch.no_grad()
+def _same(model: nn.Module, forward: WeightsForward, example: Tensor) -> bool:
+    """Whether the folded function gives the network's logits, up to rounding."""
+    with frozen(model), evaluating(model):
+        plain = model(example)
+    try:
+        logits = forward({}, example)
+    except RuntimeError:  # a layer that cannot take channels-last images (`view` of them, say)
+        return False
+    return bool((logits - plain).abs().max() <= _TOLERANCE * plain.abs().max().clamp_min(1e-6))

@@ -1,0 +1,87 @@
+"""Folding on moved weights: the network's own logits and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from robustflat.models.folded import folded_forward, plain_forward
+from robustflat.models.modes import perturbable
+from robustflat.models.resnet import resnet_tiny
+
+
+@pytest.fixture(params=["bn", "rebn"])
+def network(request) -> nn.Module:
+    torch.manual_seed(0)
+    model = resnet_tiny(classes=3, in_channels=3, channels=4, norm=request.param, mean=[0.5] * 3, std=[0.2] * 3)
+    for _ in range(3):
+        model(torch.rand(16, 3, 8, 8))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.double().eval()
+
+
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(1)
+    return {
+        name: (w + 0.1 * torch.randn(w.shape, generator=draws, dtype=w.dtype)).requires_grad_()
+        for name, w in perturbable(model).items()
+    }
+
+
+def test_logits_and_gradients_are_those_of_the_network_at_the_moved_weights(network):
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for forward in (plain_forward(network), folded_forward(network, x[:2])):
+        weights, images = moved(network), x.clone().requires_grad_()
+        logits = forward(weights, images)
+        grads = torch.autograd.grad(logits.square().sum(), [*weights.values(), images])
+        found.append([logits, *grads])
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in zip(*found, strict=True))
+    assert torch.allclose(found[0][0], functional_call(network, moved(network), (x,)))
+
+
+def test_the_network_is_not_touched(network):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    forward = folded_forward(network.train(), torch.rand(2, 3, 8, 8, dtype=torch.float64))
+    forward(moved(network), torch.rand(4, 3, 8, 8, dtype=torch.float64))
+    assert network.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_something_is_really_folded(network, monkeypatch):
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    forward = folded_forward(network, x)
+    plain = plain_forward(network)
+    calls = []
+    monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: calls.append(1) or x)
+    monkeypatch.setattr("robustflat.models.norms.ReBatchNorm.forward", lambda self, x: calls.append(1) or x)
+    forward({}, x)
+    assert not calls
+    plain({}, x)
+    assert calls
+
+
+class Viewing(nn.Module):
+    """Takes its images in one memory order only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(48, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).view(len(x), -1))
+
+
+def test_a_network_that_needs_its_memory_order_is_taken_as_it_is():
+    model, x = Viewing().eval(), torch.rand(4, 2, 6, 6)
+    assert torch.equal(folded_forward(model, x)({}, x), model(x))
+
+
+def test_a_network_without_batch_norm_is_taken_as_it_is():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(8, 2)), torch.rand(4, 2, 2, 2)
+    weights = {"1.weight": torch.ones(2, 8)}
+    assert torch.equal(folded_forward(model, x)(weights, x), functional_call(model, weights, (x,)))
