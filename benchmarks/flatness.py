@@ -72,9 +72,8 @@ def report(given: argparse.Namespace) -> None:
             worst = WorstFlatness(restarts=given.trials, steps=given.steps, search=search)
             cases["worst case"][f"search {search}"] = lambda m=worst: m(model, x, y, reference=reference)
     print(f"ResNet-18, {given.channels} channels, {given.images} images, {given.trials} trials x {given.steps} steps")
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads, CPU seconds, median of {given.repeats}"
-    )
+    print(f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads")
+    print(f"CPU seconds, median of {given.repeats}")
     for case, ways in cases.items():
         seconds = timed(ways, given.repeats)
         for way, value in seconds.items():

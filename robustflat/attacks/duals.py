@@ -14,6 +14,7 @@ from robustflat.geometry.numerics import positive
 
 _L1_STEPS = 16
 _CLOSE = 1e-5
+_EXACT = 1e-6
 _BOUNDARY_STEPS = 8
 _THRESHOLD_STEPS = 16
 _FAR = 1e30  # moves every pixel to the border; times zero it is zero
@@ -30,25 +31,24 @@ def shortest_to_plane(norm: str, point: Tensor, normal: Tensor, gap: Tensor, low
 
     Args:
         norm: "linf", "l2" or "l1".
-        point: images (B, D) inside the box.
+        point: images (B, D) inside the box, or several points for each plane, (P, B, D).
         normal: normal of the plane, (B, D).
-        gap: how far <normal, d> must go, (B,), of any sign.
+        gap: how far <normal, d> must go, (B,) or (P, B), of any sign.
         low, high: ends of the box.
 
     Returns:
-        The steps d, (B, D); zero where the normal is zero.
+        The steps d, shaped like point; zero where the normal is zero.
     """
     require_one_of("norm", norm, ("linf", "l2", "l1"))
-    oriented = normal * gap.sign().unsqueeze(1)
-    direction = oriented.sign()
-    scale = positive(oriented.abs().amax(dim=1, keepdim=True))
-    slope = oriented.abs() / scale  # at most 1: gradients of any magnitude can be squared and summed
-    wanted = gap.abs().unsqueeze(1) / scale
+    slope = normal.abs()
+    scale = positive(slope.amax(dim=-1, keepdim=True))
+    slope = slope.div_(scale)  # at most 1: gradients of any magnitude can be squared and summed
+    wanted = gap.abs().unsqueeze(-1) / scale
+    direction = normal.sign() * gap.sign().unsqueeze(-1)
     room = _room(point, direction, low, high)
     if norm == "l1":
-        return direction * _fill_largest(slope, room, wanted)
-    speed = direction.abs() if norm == "linf" else slope
-    return direction * _climb(speed, slope, room, wanted)
+        return direction.mul_(_fill_largest(slope, room, wanted))
+    return direction.mul_(_climb(None if norm == "linf" else slope, slope, room, wanted))
 
 
 def project_l1(delta: Tensor, centre: Tensor, epsilon: float, low: float, high: float) -> Tensor:
@@ -104,20 +104,25 @@ def _room(point: Tensor, direction: Tensor, low: float, high: float) -> Tensor:
     return (ahead - point).mul_(direction).clamp_min_(0)
 
 
-def _climb(speed: Tensor, slope: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
-    """min(t * speed, room) for the t with sum(slope * that) = wanted, or the whole room if that is too little."""
-    t = (wanted / positive((slope * speed).sum(dim=1, keepdim=True))).clamp_max(_FAR)
-    moved = torch.empty_like(room)
+def _climb(speed: Tensor | None, slope: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
+    """min(t * speed, room) for the t with sum(slope * that) = wanted, or the whole room if that is too little.
+
+    `speed` of `None` is 1 everywhere.
+    """
+    power = slope if speed is None else slope * speed
+    t = (wanted / positive(power.sum(dim=-1, keepdim=True))).clamp_max(_FAR)
+    pace = torch.empty_like(room)
     free = torch.empty_like(room)
     for _ in range(_BOUNDARY_STEPS):
-        torch.mul(speed, t, out=moved)
-        torch.lt(moved, room, out=free)
-        torch.minimum(moved, room, out=moved)
-        missing = wanted - moved.mul_(slope).sum(dim=1, keepdim=True)
-        rate = free.mul_(speed).mul_(slope).sum(dim=1, keepdim=True)
+        reach = t if speed is None else torch.mul(speed, t, out=pace)
+        rate = torch.gt(room, reach, out=free).mul_(power).sum(dim=-1, keepdim=True)
+        moved = torch.minimum(room, reach, out=pace).mul_(slope).sum(dim=-1, keepdim=True)
+        missing = (wanted - moved).clamp_min_(0)
+        if room.device.type == "cpu" and bool(((missing <= _EXACT * wanted) | (rate == 0)).all()):
+            break  # asking costs nothing on a CPU; typical after two or three steps
         # Without any free pixel the plane is out of reach; t stays and every pixel is at the border already.
-        t = torch.where(rate > 0, t + missing.clamp_min(0) / positive(rate), t).clamp_max(_FAR)
-    return torch.minimum(speed * t, room)
+        t = torch.where(rate > 0, t + missing / positive(rate), t).clamp_max(_FAR)
+    return torch.minimum(room, t if speed is None else speed * t)
 
 
 def _fill_largest(slope: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
@@ -129,12 +134,12 @@ def _fill_largest(slope: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
     """
     reach = slope * room
     low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
-    at_low, at_high = reach.sum(dim=1, keepdim=True), torch.zeros_like(wanted)
-    above = torch.empty_like(slope)
+    at_low, at_high = reach.sum(dim=-1, keepdim=True), torch.zeros_like(wanted)
+    above = torch.empty_like(reach)
     for step in range(_THRESHOLD_STEPS):
         share = 0.5 if step % 2 else ((at_low - wanted) / positive(at_low - at_high)).clamp(0.02, 0.98)
         threshold = low + (high - low) * share
-        got = torch.gt(slope, threshold, out=above).mul_(reach).sum(dim=1, keepdim=True)
+        got = torch.gt(slope, threshold, out=above).mul_(reach).sum(dim=-1, keepdim=True)
         enough = got >= wanted
         low, at_low = torch.where(enough, threshold, low), torch.where(enough, got, at_low)
         high, at_high = torch.where(enough, high, threshold), torch.where(enough, at_high, got)

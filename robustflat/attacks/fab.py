@@ -22,7 +22,6 @@ from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import normal, positive, uniform
 from robustflat.types import Forward, Found, Objective
 
-_NORMS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 _REFINEMENTS = 3
 
 
@@ -190,8 +189,8 @@ class Fab:
             with torch.no_grad():
                 wrong = predicted_wrong(forward(run.point), run.y)
             self._note(run, run.point, wrong)
-            back = torch.lerp(run.x, run.point, self.beta)
-            run.point = torch.where(wrong.view(-1, *[1] * (back.ndim - 1)), back, run.point)
+            kept = torch.where(wrong, self.beta, 1.0).to(run.point.dtype)
+            run.point = torch.lerp(run.x, run.point, kept.view(-1, *[1] * (run.point.ndim - 1)))
             if done % LOOK_EVERY == 0 or done == self.steps:
                 if done == self.steps:
                     self._refine(forward, run)
@@ -215,18 +214,16 @@ class Fab:
 
     def _step(self, run: _Boundary, value: Tensor, slope: Tensor) -> Tensor:
         """The next point, from the boundary {value + <slope, . - point> = 0}."""
-        point, centre, slope = run.point.flatten(1), run.x.flatten(1), slope.flatten(1)
-        at_centre = value + (slope * (centre - point)).sum(dim=1)
-        both = torch.cat([point, centre])
         ball = self.ball
-        to_plane = shortest_to_plane(
-            ball.norm, both, torch.cat([slope, slope]), -torch.cat([value, at_centre]), ball.low, ball.high
-        )
-        step, step_0 = to_plane.chunk(2)
-        size, size_0 = (_norm(part, ball.norm).unsqueeze(1) for part in (step, step_0))
-        share = (size / positive(size + size_0)).clamp_max(self.alpha_max)
+        slope = slope.flatten(1)
+        both = torch.stack([run.point.flatten(1), run.x.flatten(1)])  # (2, B, D)
+        at_centre = value + (slope * (both[1] - both[0])).sum(dim=1)
+        gap = -torch.stack([value, at_centre])
+        step = shortest_to_plane(ball.norm, both, slope, gap, ball.low, ball.high)
+        size, size_0 = _norm(step, ball.norm)
+        share = (size / positive(size + size_0)).clamp_max(self.alpha_max).unsqueeze(1)
         # (1 - a)(x + eta d) + a (x_0 + eta d_0) = lerp(x + eta d, x_0 + eta d_0, a)
-        there, there_0 = torch.add(both, to_plane, alpha=self.eta).chunk(2)
+        there, there_0 = both.add_(step, alpha=self.eta)
         return torch.lerp(there, there_0, share).clamp_(ball.low, ball.high).view_as(run.point)
 
     def _note(self, run: _Boundary, point: Tensor, wrong: Tensor) -> None:
@@ -306,8 +303,12 @@ _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _norm(flat: Tensor, norm: str) -> Tensor:
-    """Norm of each row, (B, D) -> (B,)."""
-    size: Tensor = torch.linalg.vector_norm(flat, _NORMS[norm], dim=1)
+    """Norm over the last dimension, (..., D) -> (...); built from what is fast on a CPU."""
+    if norm == "linf":
+        return flat.abs().amax(dim=-1)
+    if norm == "l1":
+        return flat.abs().sum(dim=-1)
+    size: Tensor = torch.linalg.vector_norm(flat, dim=-1)
     return size
 
 

@@ -19,7 +19,7 @@ from robustflat.attacks.duals import project_l1
 from robustflat.attacks.hunt import Confirm, Hunted, Pack, Record, begin, nothing_hunted
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, judge
-from robustflat.attacks.objectives import objective_by_name, predicted_wrong
+from robustflat.attacks.objectives import margin, objective_by_name, predicted_wrong
 from robustflat.errors import require_range
 from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import positive
@@ -144,7 +144,7 @@ class Square:
                 undo = list(propose(self.ball, run, self._side(done - 1, run.x), draws))
             logits = forward(run.point)
             value = goal(logits, run.y).to(run.value.dtype)
-            if self.stop_when_fooled:
+            if self.stop_when_fooled and goal is not margin:
                 run.catch(run.point, predicted_wrong(logits, run.y) & logits.isfinite().all(dim=1))
             better = value > run.value
             run.value = torch.where(better, value, run.value)
@@ -153,6 +153,8 @@ class Square:
             if done % _LOOK_EVERY == 0 or done == self.queries:
                 record.spend(run, done - looked)
                 looked = done
+                if self.stop_when_fooled and goal is margin:  # a positive margin is never given up again
+                    run.catch(run.point, (run.value > 0) & run.value.isfinite())
                 run = record.settle(run)
                 if len(run.rows) == 0:
                     break

@@ -74,7 +74,8 @@ def rewrite(
     Batch norm is folded into the convolution or linear layer before it, W' = s W, b' = s (b - mean) + shift with
     s = scale / sqrt(var + eps), wherever one pass of `example` shows that the layer's output goes straight into
     the batch norm. Logits of `example` before and after are compared: where they differ by more than rounding,
-    folding is undone. `notes` of the result says what happened.
+    folding is undone. ReLU layers overwrite their input where that is harmless. `notes` of the result says what
+    happened.
 
     Args:
         model: images in [0, 1] -> logits (B, K).
@@ -94,8 +95,8 @@ def rewrite(
     network = _copy(model)
     if fold_batch_norm:
         network = _folded_or_not(model, network, example, plain, notes)
-    if channels_last:
-        network.to(memory_format=torch.channels_last)
+    _rectify_in_place_(network, example, plain)
+    channels_last = channels_last and _to_channels_last_(network, example, notes)
     dtype = example.dtype
     if precision == "bf16":
         dtype = _to_half_(network, example)
@@ -161,6 +162,36 @@ def _folded_or_not(model: nn.Module, network: nn.Module, example: Tensor, plain:
         return _copy(model)
     notes.append(f"{len(pairs)} of {total} batch norms folded" if total else "no batch norm to fold")
     return network
+
+
+def _rectify_in_place_(network: nn.Module, example: Tensor, plain: Tensor) -> None:
+    """Let ReLU layers overwrite their input where that changes neither logits nor what autograd can do."""
+    rectifiers = [m for m in network.modules() if type(m) is nn.ReLU and not m.inplace]
+    for rectifier in rectifiers:
+        rectifier.inplace = True
+    try:
+        fine = _close(_logits(network, example), plain, _TOLERANCE)
+        with torch.enable_grad():
+            point = example.detach().clone().requires_grad_()
+            logits = network(point)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), point)
+    except RuntimeError:  # autograd needs the input of one of them
+        fine = False
+    for rectifier in rectifiers:
+        rectifier.inplace = fine
+
+
+def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) -> bool:
+    """Channels-last weights, unless the network takes tensors apart in a way that needs the usual order."""
+    network.to(memory_format=torch.channels_last)
+    try:
+        _logits(network, example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # such as x.view(len(x), -1)
+        network.to(memory_format=torch.contiguous_format)
+        notes.append("channels-last left out: the network does not take it")
+        return False
+    return True
 
 
 def _close(logits: Tensor, plain: Tensor, tolerance: float) -> bool:

@@ -473,14 +473,12 @@ def test_help_names_the_ways_to_call_it(evaluate):
         assert text in answer.out
 
 
-def test_the_code_of_the_documentation_reads_the_file(evaluate, run, tmp_path, capsys):
+def test_the_code_of_the_documentation_reads_the_file(evaluate, run, tmp_path, capfd):
     assert evaluate(f"run={run}", *PAPER).code == 0
     reading, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
     reading = reading.replace("outputs/digits-at/d7f35309", str(run)).replace('"last/test"', '"last/test[:24]"')
     exec(compile(reading, "results.md", "exec"), {})
-    robust_error, robust_loss, flatness = (
-        float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-3:]
-    )
+    robust_error, robust_loss, flatness = (float(line.split()[-1]) for line in capfd.readouterr().out.splitlines()[-3:])
     rows = {(r["measure"], r["metric"], r["split"]): r["value"] for r in rows_of_run(run)}
     assert robust_error == rows["pgd20", "robust_error", "test[:24]"]
     assert robust_loss == pytest.approx(rows["pgd20", "robust_loss", "test[:24]"], rel=1e-5)

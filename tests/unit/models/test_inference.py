@@ -140,6 +140,53 @@ def test_what_cannot_be_folded_is_left_alone_and_said(reason: str) -> None:
     assert expected in fast.notes[0]
 
 
+class Remembers(nn.Module):
+    """Uses what came before the rectifier, in the value or only in the gradient."""
+
+    def __init__(self, value: bool) -> None:
+        super().__init__()
+        self.value = value
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        before = out if self.value else out.square()  # autograd keeps `out`
+        rectified: Tensor = self.relu(out)
+        return rectified.mean((2, 3)) + before.mean((2, 3))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_rectifiers_overwrite_nothing_that_is_needed(value: bool) -> None:
+    model = Remembers(value)
+    fast = rewrite(model, images())
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(fast, images(4)), gradient(model, images(4)), rtol=1e-3, atol=1e-5)
+    assert not fast.network.relu.inplace
+
+
+def test_rectifiers_overwrite_what_is_not_needed_in_the_copy_only() -> None:
+    model, x, _ = cnn_cifar10()
+    fast = rewrite(model, x[:4])
+    assert fast.network.relu1.inplace
+    assert not model.relu1.inplace
+
+
+def test_a_network_that_needs_the_usual_memory_order_keeps_it() -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(len(x), -1)[:, :5]
+
+    model = Flattens()
+    fast = rewrite(model, images())
+    assert "channels-last left out" in fast.notes[-1]
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+
+
 def test_shared_layers_are_not_folded() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     model = trained(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3), nn.Flatten()))
