@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from robustflat.attacks.strongest import SEARCHES
 from robustflat.data.dataset import Dataset
-from robustflat.errors import UserError, require_range
+from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.predict import predict
 from robustflat.models.precision import device_of
@@ -41,6 +42,7 @@ class PeriodicEvaluation(Callback):
         attack: `None` evaluates clean images only.
         every: epochs between two evaluations, >= 1.
         seed: of the attack's draws, >= 0.
+        search: what the attack searches on: "plain", or a fast copy in "fp32" or "bf16"; the network itself judges.
 
     Attributes:
         history: one dictionary per evaluation: "epoch", "step" and the values above.
@@ -57,13 +59,15 @@ class PeriodicEvaluation(Callback):
         attack: Attack | None = None,
         every: int = 5,
         seed: int = 0,
+        search: str = "plain",
     ) -> None:
         require_range("every", every, low=1)
         require_range("seed", seed, low=0)
+        require_one_of("search", search, SEARCHES)
         if not len(test):
             raise UserError("PeriodicEvaluation needs test examples; leave it out to evaluate nothing.")
         self.splits: dict[str, Sequence[Batch]] = {"test": test} | ({"train": train} if len(train) else {})
-        self.attack, self.every, self.seed = attack, every, seed
+        self.attack, self.every, self.seed, self.search = attack, every, seed, search
         self.history: list[dict[str, float]] = []
 
     def after_epoch(self, trainer: Trainer) -> None:
@@ -89,7 +93,7 @@ class PeriodicEvaluation(Callback):
             if self.attack is None:
                 continue
             generator = generator_for(self.seed, "periodic", split, device=device_of(model))
-            found = predict(model, batches, attack=self.attack, generator=generator)
+            found = predict(model, batches, attack=self.attack, generator=generator, search=self.search)
             values[f"{split}_robust_error"] = metrics.robust_error(clean.logits, found.logits, clean.labels)
             values[f"{split}_robust_loss"] = metrics.robust_loss(*found)
         if "train" in self.splits:
@@ -116,13 +120,14 @@ def periodic_evaluation(
     every: int = 5,
     seed: int = 0,
     batch_size: int = 500,
+    search: str = "plain",
 ) -> PeriodicEvaluation:
     """A `PeriodicEvaluation` on splits of a data set, named as in a configuration.
 
     Args:
         dataset: where the examples come from.
         test, train: splits such as "test[:500]"; no `train` leaves the training examples out.
-        attack, every, seed: see `PeriodicEvaluation`.
+        attack, every, seed, search: see `PeriodicEvaluation`.
         batch_size: examples per forward pass, >= 1.
 
     Raises:
@@ -134,4 +139,5 @@ def periodic_evaluation(
         attack=attack,
         every=every,
         seed=seed,
+        search=search,
     )

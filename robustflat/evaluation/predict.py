@@ -30,6 +30,7 @@ def predict(
     generator: torch.Generator | None = None,
     restarts: int = 1,
     select: str = "cross_entropy",
+    search: str = "plain",
 ) -> Prediction:
     """Logits of a model on clean images or, with an attack, on the adversarial images it finds.
 
@@ -44,6 +45,7 @@ def predict(
         restarts: independent runs of the attack, of which the strongest is kept per example.
         select: what "strongest" means, see `robustflat.attacks.strongest.SELECT`; the default, highest
             cross-entropy, is the paper's.
+        search: what the attack searches on, see `robustflat.attacks.strongest.SEARCHES`; the network itself judges.
 
     Raises:
         UserError: if there are no batches, labels are not classes of the model, or logits are not finite.
@@ -58,7 +60,9 @@ def predict(
         if attack is None:
             found = judged_logits(model, x)
         else:
-            found = strongest(model, x, y, attack, restarts=restarts, select=select, generator=generator).logits
+            found = strongest(
+                model, x, y, attack, restarts=restarts, select=select, generator=generator, search=search
+            ).logits
         logits.append(found.detach().float())
         labels.append(y)
     if not logits:

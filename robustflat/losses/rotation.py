@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from functools import partial
 
@@ -40,6 +41,7 @@ class Rotation(TrainingLoss):
         super().__init__(attack_mode=attack_mode)
         require_range("weight", weight, low=0)
         self.weight = weight
+        self._views: weakref.WeakKeyDictionary[nn.Module, tuple[_Head, _Head]] = weakref.WeakKeyDictionary()
 
     def craft(
         self, model: nn.Module, attack: Attack, batch: Batch, generator: torch.Generator | None = None
@@ -68,12 +70,21 @@ class Rotation(TrainingLoss):
             with ExitStack() as state:
                 state.enter_context(frozen(model))
                 state.enter_context(evaluating(model) if self.attack_mode == "eval" else frozen_statistics(model))
-                # A callable, which attacks leave in the mode it is in.
-                classify, predict_turns = partial(_logits, model, 0), partial(_logits, model, 1)
+                classify, predict_turns = self._heads(model)
                 x_adv = x.clone()
                 x_adv[0::2] = _attacked(attack, classify, x[0::2], y[0::2], generator)
                 x_adv[1::2] = _attacked(attack, predict_turns, x[1::2], turns, generator)
         return AdvBatch(x, x_adv, y)
+
+    def _heads(self, model: nn.Module) -> tuple[Forward, Forward]:
+        """The network as seen through each head: modules in eval mode, else callables, whose mode attacks leave."""
+        if self.attack_mode != "eval":
+            return partial(_logits, model, 0), partial(_logits, model, 1)
+        if model not in self._views:
+            self._views[model] = (_Head(model, 0), _Head(model, 1))
+        for view in self._views[model]:
+            view.eval()
+        return self._views[model]
 
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
         """Loss of a batch of `craft`; parts: loss, error (of unrotated x_adv), class_loss, rotation_loss, ..._error."""
@@ -102,6 +113,18 @@ def rotated(x: Tensor, turns: Tensor) -> Tensor:
         turned = x.rot90(quarter, dims=(2, 3))
         result = torch.where((turns == quarter)[:, None, None, None], turned, result)
     return result
+
+
+class _Head(nn.Module):
+    """A network with two heads as one that returns the logits of head 0 (class) or 1 (rotation)."""
+
+    def __init__(self, model: nn.Module, which: int) -> None:
+        super().__init__()
+        self.model, self.which = model, which
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images x."""
+        return _logits(self.model, self.which, x)
 
 
 def _logits(model: nn.Module, which: int, x: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robustflat.errors import UserError
-from robustflat.models.inference import _LINEAR, BatchNorm, Linear
+from robustflat.models.inference import _LINEAR, BatchNorm, Linear, scale_and_shift
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
-from robustflat.models.norms import ReBatchNorm
 
 WeightsForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(some weights by name, images (B, C, H, W)) -> logits (B, K); other weights are the network's own."""
@@ -69,16 +68,7 @@ class _Fold:
     """How one batch norm acts on the weights of the layer before it: scale per channel, and shift."""
 
     def __init__(self, linear: Linear, norm: BatchNorm) -> None:
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-        if isinstance(norm, ReBatchNorm):
-            scale = scale * norm.scale.double()
-        elif norm.affine:
-            scale = scale * norm.weight.double()
-        shift = -norm.running_mean.double() * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
+        scale, shift = scale_and_shift(norm)
         dtype = linear.weight.dtype
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.scale, self.shift = scale.to(dtype), shift.to(dtype)

@@ -44,14 +44,24 @@ class InferenceModel(nn.Module):
         dtype: type that images are given to it in.
         channels_last: whether images are brought to channels-last order first.
         notes: what was and what was not rewritten, one line each.
+        folds: paths of (linear layer, batch norm that was folded into it).
     """
 
-    def __init__(self, network: nn.Module, *, dtype: torch.dtype, channels_last: bool, notes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        dtype: torch.dtype,
+        channels_last: bool,
+        notes: tuple[str, ...],
+        folds: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
         self.channels_last = channels_last
         self.notes = notes
+        self.folds = folds
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, K) in at least float32; differentiable with respect to x."""
@@ -68,6 +78,7 @@ def rewrite(
     precision: str = "fp32",
     channels_last: bool = True,
     fold_batch_norm: bool = True,
+    check_half: bool = True,
 ) -> InferenceModel:
     """Copy of `model` that computes the same logits faster in eval mode; `model` itself is not touched.
 
@@ -85,6 +96,7 @@ def rewrite(
             differences of logits would be usable.
         channels_last: memory order in which convolutions are fastest.
         fold_batch_norm: whether to fold.
+        check_half: whether to refuse a bf16 copy whose logits are far from the network's.
 
     Raises:
         UserError: for another precision, a model that cannot be copied, or one that bf16 changes beyond use.
@@ -93,17 +105,18 @@ def rewrite(
     plain = _logits(model, example)
     notes: list[str] = []
     network = _copy(model)
+    folds: tuple[tuple[str, str], ...] = ()
     if fold_batch_norm:
-        network = _folded_or_not(model, network, example, plain, notes)
+        network, folds = _folded_or_not(model, network, example, plain, notes)
     _rectify_in_place_(network, example, plain)
     channels_last = channels_last and _to_channels_last_(network, example, notes)
     dtype = example.dtype
     if precision == "bf16":
         dtype = _to_half_(network, example)
         notes.append("bf16, with images normalised and logits computed in float32")
-    result = InferenceModel(network, dtype=dtype, channels_last=channels_last, notes=tuple(notes))
+    result = InferenceModel(network, dtype=dtype, channels_last=channels_last, notes=tuple(notes), folds=folds)
     result.eval().requires_grad_(False)
-    if precision == "bf16" and not _close(_logits(result, example), plain, _HALF_TOLERANCE):
+    if precision == "bf16" and check_half and not _close(_logits(result, example), plain, _HALF_TOLERANCE):
         raise UserError("In bf16 this model's logits differ by more than a quarter: use precision fp32.")
     return result
 
@@ -147,8 +160,10 @@ def _copy(model: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _folded_or_not(model: nn.Module, network: nn.Module, example: Tensor, plain: Tensor, notes: list[str]) -> nn.Module:
-    """`network` with batch norm folded where that leaves the logits alone, else a fresh copy."""
+def _folded_or_not(
+    model: nn.Module, network: nn.Module, example: Tensor, plain: Tensor, notes: list[str]
+) -> tuple[nn.Module, tuple[tuple[str, str], ...]]:
+    """`network` with batch norm folded where that leaves the logits alone, else a fresh copy; and what was folded."""
     total = sum(isinstance(m, _BATCH_NORM) for m in network.modules())
     pairs = _pairs(network, example)
     for linear_path, norm_path in pairs:
@@ -159,9 +174,9 @@ def _folded_or_not(model: nn.Module, network: nn.Module, example: Tensor, plain:
         network.set_submodule(norm_path, nn.Identity())
     if pairs and not _close(_logits(network, example), plain, _TOLERANCE):
         notes.append("batch norm left as it is: folding it changed the logits")
-        return _copy(model)
+        return _copy(model), ()
     notes.append(f"{len(pairs)} of {total} batch norms folded" if total else "no batch norm to fold")
-    return network
+    return network, tuple(pairs)
 
 
 def _rectify_in_place_(network: nn.Module, example: Tensor, plain: Tensor) -> None:
@@ -269,8 +284,8 @@ def _shared(network: nn.Module) -> set[str]:
     }
 
 
-def _fold_(linear: Linear, norm: BatchNorm) -> None:
-    """Make linear(x) what norm(linear(x)) was, computed in float64."""
+def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a batch norm with running statistics does to channel c: x_c -> scale_c * x_c + shift_c, in float64 (C,)."""
     assert norm.running_var is not None
     assert norm.running_mean is not None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -278,9 +293,15 @@ def _fold_(linear: Linear, norm: BatchNorm) -> None:
         scale = scale * norm.scale.double()
     elif norm.affine:
         scale = scale * norm.weight.double()
-    shift = 0.0 if norm.bias is None else norm.bias.double()
-    before = 0.0 if linear.bias is None else linear.bias.double()
-    bias = (before - norm.running_mean.double()) * scale + shift
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _fold_(linear: Linear, norm: BatchNorm) -> None:
+    """Make linear(x) what norm(linear(x)) was, computed in float64."""
+    scale, bias = scale_and_shift(norm)
+    if linear.bias is not None:
+        bias = bias + linear.bias.double() * scale
     weight = linear.weight.double() * scale.view(-1, *[1] * (linear.weight.ndim - 1))
     dtype = linear.weight.dtype
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)

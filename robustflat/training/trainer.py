@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from robustflat.attacks.pgd import NoAttack
+from robustflat.attacks.searching import Searching
+from robustflat.attacks.strongest import SEARCHES
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.losses.base import TrainingLoss
 from robustflat.models.precision import device_of
@@ -100,6 +103,8 @@ class Trainer:
         streams: named random generators: "attack", "loss" and, by gradient rules, "weights" are used here, others
             by the data.
         precision: "fp32", or "bf16": crafting and scoring under autocast, weights and optimizer in float32.
+        search: what the attack searches on: "plain" (the network itself), or a copy with batch norm folded, channels
+            last, in "fp32" or "bf16" (see `attacks.searching`); a loss that attacks in training mode ignores it.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
 
@@ -129,16 +134,20 @@ class Trainer:
         callbacks: Mapping[str, Callback | None] | None = None,
         wrappers: Mapping[str, Callable[[Attack], Attack] | None] | None = None,
         precision: str = "fp32",
+        search: str = "plain",
         log_every: int = 50,
         folder: str | Path | None = None,
     ) -> None:
         require_range("epochs", epochs, low=1)
         require_range("log_every", log_every, low=1)
         require_one_of("precision", precision, PRECISIONS)
+        require_one_of("search", search, SEARCHES)
         if len(data) < 1:
             raise UserError("the training set is smaller than one batch; reduce dataset.batch_size.")
         for wrap in (wrappers or {}).values():
             attack = attack if wrap is None else wrap(attack)
+        if search != "plain" and not isinstance(attack, NoAttack):
+            attack = Searching(attack, search)
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(self.optimizer, epochs * len(data))

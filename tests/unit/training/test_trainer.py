@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from robustflat.attacks.pgd import NoAttack, Pgd
+from robustflat.data.images import ImageSet
 from robustflat.errors import CheckpointError, UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.loggers.base import Null
@@ -387,3 +388,33 @@ def test_checkpoint_without_a_part_names_it(make_trainer):
 def test_bad_options_are_refused(make_trainer, options, message):
     with pytest.raises(UserError, match=message):
         make_trainer(**options)
+
+
+def test_searching_on_a_copy_trains_the_same_network(make_trainer, make_network, image_set):
+    """In float64, folding is exact to rounding, so the paths of the weights agree."""
+    weights = {}
+    for search in ("plain", "fp32"):
+        torch.manual_seed(3)
+        streams = Streams(0)
+        data = ImageSet(image_set.images, image_set.labels, name="noise", classes=3).stream(8, {}, streams)
+        trainer = make_trainer(model=make_network().double(), data=_InDouble(data), streams=streams, search=search)
+        trainer.fit()
+        weights[search] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    torch.testing.assert_close(weights["fp32"], weights["plain"], rtol=1e-9, atol=1e-10)
+
+
+class _InDouble:
+    """A stream whose images are float64."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __len__(self):
+        return len(self.stream)
+
+    def __next__(self):
+        batch = next(self.stream)
+        return Batch(batch.x.double(), batch.y)
+
+    def state_dict(self):
+        return self.stream.state_dict()
