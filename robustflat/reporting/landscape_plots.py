@@ -244,9 +244,10 @@ def _saved(figure: Figure, path: Path | str, title: str, caption: str) -> list[P
     for suffix in _FORMATS:
         final = target.with_suffix(suffix)
         unfinished = final.with_name(f".{final.stem}.unfinished{suffix}")
-        # Without a date, equal landscapes give equal files.
+        # Without a date and with fixed names inside, equal landscapes give equal files.
         metadata = {"Date": None} if suffix == ".svg" else None
-        figure.savefig(unfinished, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
+        with matplotlib.rc_context({"svg.hashsalt": "robustflat"}):
+            figure.savefig(unfinished, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
         unfinished.replace(final)
         written.append(final)
     return written
