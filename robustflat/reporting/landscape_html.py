@@ -125,37 +125,59 @@ def planes_page(
         UserError: see `landscape_planes`.
     """
     require_drawable(landscapes, plane=True)
+    return _page([_contours(landscapes, labels), _surfaces(landscapes, labels[1])], title, "", caption, facts)
+
+
+def _contours(landscapes: Mapping[str, Lines], labels: tuple[str, str, str]) -> go.Figure:
+    """Loss above error, a column per network, one colour scale for each row."""
     step, loss, error = labels
-    count = len(landscapes)
-    flat = make_subplots(rows=2, cols=count, subplot_titles=list(landscapes), vertical_spacing=0.08)
-    solid = make_subplots(rows=1, cols=count, specs=[[{"type": "surface"}] * count], subplot_titles=list(landscapes))
+    figure = make_subplots(rows=2, cols=len(landscapes), subplot_titles=list(landscapes), vertical_spacing=0.08)
+    hover = "(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>"
     for column, plane in enumerate(landscapes.values(), start=1):
         # Arrays have the first direction first; plotly draws rows upwards.
         s, losses, errors = plane.steps.numpy(), plane.losses.numpy().T, 100 * plane.errors.numpy().T
-        contours = {"x": s, "y": s, "line": {"width": 0.3, "color": "white"}}
-        hover = "(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>"
-        logs = np.log10(np.maximum(losses, 1e-6))
-        flat.add_trace(
-            go.Contour(z=logs, customdata=losses, hovertemplate=hover, coloraxis="coloraxis", **contours), 1, column
-        )
-        flat.add_trace(
-            go.Contour(z=errors, customdata=errors, hovertemplate=hover, coloraxis="coloraxis2", **contours), 2, column
-        )
-        surface = go.Surface(x=s, y=s, z=losses, coloraxis="coloraxis", surfacecolor=logs, hovertemplate="%{z:.4g}")
-        solid.add_trace(surface, 1, column)
-    ticks = _log_ticks(np.concatenate([plane.losses.numpy().ravel() for plane in landscapes.values()]))
-    flat.update_xaxes(title_text=f"{step}, direction 1", row=2, constrain="domain")
-    for row in (1, 2):
-        flat.update_yaxes(title_text="direction 2", row=row, col=1)
-    flat.update_layout(
+        common = {"x": s, "y": s, "line": {"width": 0.3, "color": "white"}, "hovertemplate": hover}
+        for row, heights, shown in ((1, losses, _logs(losses)), (2, errors, errors)):
+            axis = f"coloraxis{'' if row == 1 else row}"
+            figure.add_trace(go.Contour(z=shown, customdata=heights, coloraxis=axis, **common), row, column)
+            cross = {"symbol": "x", "color": "white", "size": 8}
+            here = go.Scatter(x=[0], y=[0], mode="markers", marker=cross, hoverinfo="skip", showlegend=False)
+            figure.add_trace(here, row, column)
+    figure.update_xaxes(title_text=f"{step}, direction 1", row=2)
+    figure.update_yaxes(title_text="direction 2", col=1)
+    figure.update_layout(
         height=820,
         template="simple_white",
-        coloraxis={"colorscale": "Viridis", "colorbar": {"title": loss, "len": 0.46, "y": 0.77, **ticks}},
+        coloraxis={"colorscale": "Viridis", "colorbar": {"title": loss, "len": 0.46, "y": 0.77, **_ticks(landscapes)}},
         coloraxis2={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": error, "len": 0.46, "y": 0.23}},
+        margin={"l": 60, "r": 20, "t": 50, "b": 60},
     )
-    solid.update_scenes(xaxis_title="direction 1", yaxis_title="direction 2", zaxis_title=loss)
-    solid.update_layout(height=520, coloraxis={"colorscale": "Viridis", "showscale": False})
-    return _page([flat, solid], title, "", caption, facts)
+    return figure
+
+
+def _surfaces(landscapes: Mapping[str, Lines], loss: str) -> go.Figure:
+    """The loss as surfaces of one height scale."""
+    count = len(landscapes)
+    figure = make_subplots(rows=1, cols=count, specs=[[{"type": "surface"}] * count], subplot_titles=list(landscapes))
+    for column, plane in enumerate(landscapes.values(), start=1):
+        s, losses = plane.steps.numpy(), plane.losses.numpy().T
+        surface = go.Surface(
+            x=s, y=s, z=losses, surfacecolor=_logs(losses), coloraxis="coloraxis", hovertemplate="%{z:.4g}"
+        )
+        figure.add_trace(surface, 1, column)
+    _, highest = positive_range(_all_losses(landscapes))
+    figure.update_scenes(
+        xaxis_title="direction 1",
+        yaxis_title="direction 2",
+        zaxis={"title": loss, "range": [0, highest]},
+        camera={"eye": {"x": 1.5, "y": 1.5, "z": 0.9}},
+    )
+    figure.update_layout(
+        height=520,
+        coloraxis={"colorscale": "Viridis", "showscale": False},
+        margin={"l": 0, "r": 0, "t": 40, "b": 0},
+    )
+    return figure
 
 
 def _traces(steps: Values, values: Values, index: int, name: str, emphasis: str, *, legend: bool) -> list[go.Scatter]:
@@ -194,10 +216,17 @@ def _traces(steps: Values, values: Values, index: int, name: str, emphasis: str,
     return traces
 
 
-def _log_ticks(losses: Values) -> dict[str, list[object]]:
+def _all_losses(landscapes: Mapping[str, Lines]) -> Values:
+    return np.concatenate([plane.losses.numpy().ravel() for plane in landscapes.values()])
+
+
+def _logs(losses: Values) -> Values:
+    return np.log10(np.maximum(losses, 1e-6))
+
+
+def _ticks(landscapes: Mapping[str, Lines]) -> dict[str, list[object]]:
     """Ticks of a colour scale in log10, labelled by the losses."""
-    low, high = positive_range(losses)
-    values = np.geomspace(low, high, 7)
+    values = np.geomspace(*positive_range(_all_losses(landscapes)), 7)
     return {"tickvals": [float(v) for v in np.log10(values)], "ticktext": [f"{v:.3g}" for v in values]}
 
 

@@ -192,7 +192,7 @@ def landscape_planes(
     losses = [plane.losses.numpy() for plane in landscapes.values()]
     edges = np.geomspace(*positive_range(np.concatenate([values.ravel() for values in losses])), levels)
     errors = [100 * plane.errors.numpy() for plane in landscapes.values()]
-    error_edges = np.linspace(0, max(max(float(e.max()) for e in errors), 1.0), levels)
+    error_edges = np.arange(0.0, max(float(e.max()) for e in errors) + 10.0, 5.0)
     for row, values, bounds, label, scale in (
         (rows[0], losses, edges, labels[1], "log"),
         (rows[1], errors, error_edges, labels[2], "linear"),
@@ -205,7 +205,7 @@ def landscape_planes(
             axes.contour(steps, steps, shown, levels=bounds, colors="white", linewidths=0.3)
             axes.plot(0, 0, "x", color="white", markersize=7)
             axes.set_aspect("equal")
-        ticks = bounds[:: max(1, levels // 6)]
+        ticks = bounds[:: max(1, len(bounds) // 5)]
         bar = figure.colorbar(filled, ax=list(row), label=label, ticks=ticks)
         bar.ax.minorticks_off()
         bar.ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
