@@ -29,6 +29,8 @@ _CONFIG = {
     "plotlyServerURL": "",
 }
 
+_ERROR_LEVELS = {"start": 0, "end": 100, "size": 5}
+
 _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 
 _PAGE = """<!DOCTYPE html>
@@ -132,14 +134,16 @@ def _contours(landscapes: Mapping[str, Lines], labels: tuple[str, str, str]) -> 
     """Loss above error, a column per network, one colour scale for each row."""
     step, loss, error = labels
     figure = make_subplots(rows=2, cols=len(landscapes), subplot_titles=list(landscapes), vertical_spacing=0.08)
+    low, high = np.log10(positive_range(_all_losses(landscapes))).tolist()
     hover = "(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>"
     for column, plane in enumerate(landscapes.values(), start=1):
         # Arrays have the first direction first; plotly draws rows upwards.
         s, losses, errors = plane.steps.numpy(), plane.losses.numpy().T, 100 * plane.errors.numpy().T
         common = {"x": s, "y": s, "line": {"width": 0.3, "color": "white"}, "hovertemplate": hover}
         for row, heights, shown in ((1, losses, _logs(losses)), (2, errors, errors)):
-            axis = f"coloraxis{'' if row == 1 else row}"
-            figure.add_trace(go.Contour(z=shown, customdata=heights, coloraxis=axis, **common), row, column)
+            levels = {"start": low, "end": high, "size": (high - low) / 15} if row == 1 else _ERROR_LEVELS
+            common |= {"coloraxis": f"coloraxis{'' if row == 1 else row}", "contours": levels}
+            figure.add_trace(go.Contour(z=shown, customdata=heights, **common), row, column)
             cross = {"symbol": "x", "color": "white", "size": 8}
             here = go.Scatter(x=[0], y=[0], mode="markers", marker=cross, hoverinfo="skip", showlegend=False)
             figure.add_trace(here, row, column)
