@@ -146,7 +146,8 @@ def landscape_lines(
             axes.axvline(0, color="0.6", linestyle=":", linewidth=0.8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
+        highest = float(axes.dataLim.y1)
+        axes.set_ylim(0, 1.06 * highest if np.isfinite(highest) and highest > 0 else None)
         axes.margins(x=0.02)
     note = band_note(landscapes, emphasis)
     figure.legend(
