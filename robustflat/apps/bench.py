@@ -112,7 +112,7 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
         UserError: if the network is not finite, not deterministic, or the data do not fit it.
     """
     require_sound_network(bench, file, model)
-    _forget_other_weights(bench, file, weights)
+    forget_other_weights(bench.store, bench.console, file, weights)
     pieces, names = bench.pieces(), []
     for number, piece in enumerate(pieces, start=1):
         key = bench.key(piece, weights)
@@ -218,7 +218,7 @@ def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkF
     key = digest({**settings, "seed": bench.seed, "batch_size": bench.plan.batch_size})
     if bench.settings["force"] or not bench.store.has(name, key):
         require_sound_network(bench, file, model)
-        _forget_other_weights(bench, file, weights)
+        forget_other_weights(bench.store, bench.console, file, weights)
         with bench.console.status(f"{file.name}: {SELECTION} on {split}"):
             arrays = _selection_arrays(bench, model, split)
         piece = Piece("attacks", "selection", split, SELECTION)
@@ -319,11 +319,11 @@ def _twin(bench: Bench, key: str) -> str | None:
     return next((name for name in bench.store.names() if bench.store.has(name, key)), None)
 
 
-def _forget_other_weights(bench: Bench, file: NetworkFile, weights: str) -> None:
+def forget_other_weights(store: ResultStore, console: Console, file: NetworkFile, weights: str) -> None:
     """Remove results of a checkpoint that has been written anew since (training went on, say)."""
-    for name in bench.store.names():
-        if name.startswith(f"{file.name}/") and bench.store.attributes(name).get("weights") != weights:
-            bench.console.print(f"{file.name} has other weights than when it was evaluated last: starting anew.")
-            for split in {n.split("/")[1] for n in bench.store.names() if n.startswith(f"{file.name}/")}:
-                bench.store.remove(group_name(file.name, split))
+    for name in store.names():
+        if name.startswith(f"{file.name}/") and store.attributes(name).get("weights") != weights:
+            console.print(f"{file.name} has other weights than when it was evaluated last: starting anew.")
+            for split in {n.split("/")[1] for n in store.names() if n.startswith(f"{file.name}/")}:
+                store.remove(group_name(file.name, split))
             return

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -39,22 +39,23 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
 
-def check(config: DictConfig) -> list[str]:
+def check(config: DictConfig, also: Collection[str] = ()) -> list[str]:
     """All problems of a composed configuration, each a line 'key: what is wrong and what is allowed'.
 
     Args:
         config: the composed root, `hydra` node removed.
+        also: keys at the top level beside those of a training run.
 
     Returns:
         The problems in the order of the file; empty if there are none.
     """
     trusted = (*TRUSTED, *(str(p) for p in config.get("trusted_packages") or ()))
-    return [*_unknown_at_the_root(config), *_walk(config, "", trusted)]
+    return [*_unknown_at_the_root(config, also), *_walk(config, "", trusted)]
 
 
-def _unknown_at_the_root(config: DictConfig) -> Iterator[str]:
+def _unknown_at_the_root(config: DictConfig, also: Collection[str]) -> Iterator[str]:
     """Keys that nothing reads: `+epochs=3` would otherwise train the default number of epochs without a word."""
-    known = [field.name for field in dataclasses.fields(Root)]
+    known = [*(field.name for field in dataclasses.fields(Root)), *also]
     for key in map(str, config):
         if key not in known:
             places = [g for g in known if isinstance(config.get(g), DictConfig) and key in config[g]]

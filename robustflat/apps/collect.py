@@ -80,8 +80,8 @@ def rows_of(store: ResultStore, origin: Origin, *, names: Sequence[str] | None =
 
 def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:
     kind, split = stored.attrs.get("kind"), "/".join(name.split("/")[:2])
-    if stored.attrs.get("role") == "selection":
-        return []
+    if stored.attrs.get("role") == "selection" or kind == "landscape":
+        return []  # not a number of a network
     try:
         if kind == "flatness":
             return _flatness_rows(store, split, name, stored)

@@ -117,7 +117,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     require_examples(plan, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     files = _files(config, run, plan)
-    folder = _open_folder(config, run, files)
+    folder = open_folder(config, run, files)
     with closing(folder):
         if run is None:
             write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -130,7 +130,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             settings=resolved(config),
             console=console,
             facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
-            prefix="" if stored is None or _same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
         console.print(dataset.describe(), markup=False)
         if plan.selection is not None and run is not None:
@@ -155,16 +155,28 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
         for group, node in singles.items():
             place = evaluation.attacks if group == "attack" else evaluation.measures
             place[str(choices.get(group, group)).replace("/", "_")] = node
-    config.attack = config.flatness = None
+    config.flatness = None
+    take_from_run(config, stored)
+    wants = not singles and not evaluation.measures and evaluation.get("flatness")
+    if wants and stored is not None and stored.get("flatness"):
+        evaluation.measures = {_measure_name(stored.flatness): stored.flatness}
+    config.seed = config.seed if config.seed is not None else (0 if stored is None else stored.seed)
+
+
+def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
+    """Data and network of the run where the command gives none, its attack (for the norm only), and where data lie.
+
+    Args:
+        config: changed in place.
+        stored: configuration of the run; `None`: only the place of the data is filled in.
+    """
+    config.attack = None
     if stored is not None:
         for group in ("dataset", "model"):
             config[group] = _given_or_stored(config[group], stored[group])
-        config.attack = stored.get("attack")  # for its norm only
-        if not singles and not evaluation.measures and evaluation.get("flatness") and stored.get("flatness"):
-            evaluation.measures = {_measure_name(stored.flatness): stored.flatness}
+        config.attack = stored.get("attack")
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
-    config.seed = config.seed if config.seed is not None else (0 if stored is None else stored.seed)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
 
 
@@ -181,7 +193,7 @@ def _given_or_stored(given: Any, stored: Any) -> Any:
     return given if "_target_" in given else OmegaConf.merge(stored, given)
 
 
-def _same_data(one: DictConfig, other: DictConfig) -> bool:
+def same_data(one: DictConfig, other: DictConfig) -> bool:
     """Whether two data sets have the same source, wherever its files lie."""
     sources = [{k: v for k, v in node.source.items() if k not in ("root", "download")} for node in (one, other)]
     return sources[0] == sources[1]
@@ -283,7 +295,7 @@ def _early_stopped(config: DictConfig, bench: Bench, run: Path) -> NetworkFile:
     return chosen._replace(name=name)
 
 
-def _open_folder(config: DictConfig, run: Path | None, files: list[NetworkFile]) -> RunFolder:
+def open_folder(config: DictConfig, run: Path | None, files: list[NetworkFile]) -> RunFolder:
     """The run's own folder, or one for a foreign checkpoint that depends on its content, data and network."""
     if run is not None:
         try:

@@ -74,9 +74,19 @@ def direction_to(weights: Weights, target: Mapping[str, Tensor]) -> Weights:
     """From `weights` to the entries of another state dict.
 
     Raises:
-        UserError: if the other lacks a name or has another shape.
+        UserError: if the other lacks a name or has another shape; both shapes are listed.
     """
-    _require_same({name: target[name] for name in weights if name in target}, weights)
+    problems = [
+        f"{n} {tuple(w.shape)} here, {tuple(target[n].shape)} there"
+        for n, w in weights.items()
+        if n in target and target[n].shape != w.shape
+    ]
+    problems += [f"{n} {tuple(w.shape)} is missing there" for n, w in weights.items() if n not in target]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"There is no path between networks of different architecture: {'; '.join(problems[:5])}{more}."
+        )
     return {name: target[name].to(w) - w for name, w in weights.items()}
 
 
@@ -141,10 +151,13 @@ def loss_and_gradient(model: nn.Module, batches: Sequence[Batch], names: Sequenc
 
 
 def _require_same(direction: Weights, weights: Weights) -> None:
-    missing = [n for n in weights if n not in direction or direction[n].shape != weights[n].shape]
-    unknown = [n for n in direction if n not in weights]
-    if missing or unknown:
-        raise UserError(
-            f"A direction must have the names and shapes of the weights. Missing or of another shape: "
-            f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}."
-        )
+    problems = [f"{n} is missing" for n in weights if n not in direction]
+    problems += [
+        f"{n} has shape {tuple(direction[n].shape)} instead of {tuple(w.shape)}"
+        for n, w in weights.items()
+        if n in direction and direction[n].shape != w.shape
+    ]
+    problems += [f"{n} is unknown" for n in direction if n not in weights]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"A direction must have the names and shapes of the weights: {'; '.join(problems[:5])}{more}.")

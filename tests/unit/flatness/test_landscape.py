@@ -128,13 +128,81 @@ def test_the_path_to_another_network_ends_there_with_its_statistics() -> None:
     result = Landscape(loss="clean", points=5).path(one, two.state_dict(), x, y)
     for index, model in ((0, one), (-1, two)):
         expected = torch.nn.functional.cross_entropy(model(x), y)
-        assert float(result.losses[0, index]) == pytest.approx(expected.item(), rel=1e-4)
+        assert float(result.losses[0, index]) == pytest.approx(expected.item(), rel=1e-6)
     chord = torch.linspace(float(result.losses[0, 0]), float(result.losses[0, -1]), 5).double()
     assert result.barrier == pytest.approx(float((result.losses[0] - chord).max()), abs=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
     again = Landscape(loss="clean", points=5).path(one, two.state_dict(), x, y, batch_norm="recalibrate")
     assert not torch.equal(again.losses, result.losses)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
+
+
+def test_a_path_between_different_architectures_names_both_shapes() -> None:
+    other = torch.nn.Sequential(torch.nn.Conv2d(2, 6, 3)).state_dict()
+    with pytest.raises(UserError, match=r"0.weight \(4, 2, 3, 3\) here, \(6, 2, 3, 3\) there") as found:
+        Landscape(loss="clean", points=3).path(convnet(), other, *examples(2))
+    assert "1.weight (4,) is missing there" in str(found.value)
+
+
+def test_networks_with_values_that_are_not_numbers_are_refused() -> None:
+    sick = convnet(1)
+    with torch.no_grad():
+        sick[0].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"0\.weight has 1 of"):
+        Landscape(loss="clean", points=3)(sick, *examples(2))
+    with pytest.raises(UserError, match="at the end of the path has values that are NaN"):
+        Landscape(loss="clean", points=3).path(convnet(), sick.state_dict(), *examples(2))
+
+
+@pytest.mark.parametrize("kind", ["lines", "plane", "path"])
+def test_a_grid_that_was_stopped_goes_on_without_measuring_a_point_twice(kind: str, monkeypatch) -> None:
+    x, y = examples(4)
+    attack = Pgd(LinfBall(0.1), steps=2, step_size=0.05)
+
+    def measure(done: dict) -> LandscapeResult:
+        landscape = Landscape(attack=attack, points=5, trials=2)
+        if kind == "path":
+            return landscape.path(convnet(0), convnet(1).state_dict(), x, y, done=done)
+        return (landscape.plane if kind == "plane" else landscape)(convnet(0), x, y, done=done)
+
+    class Killed(dict):
+        def __setitem__(self, place, values) -> None:
+            if len(self) == 3:
+                raise KeyboardInterrupt
+            assert place not in self
+            super().__setitem__(place, values)
+
+    whole, cut = {}, Killed()
+    expected = measure(whole)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cut)
+    calls = []
+    count = Landscape._logits
+    monkeypatch.setattr(Landscape, "_logits", lambda self, *a: (calls.append(1), count(self, *a))[1])
+    resumed = measure(dict(cut))
+    assert torch.equal(resumed.losses, expected.losses) and torch.equal(resumed.errors, expected.errors)
+    assert len(calls) == len(whole) - 3
+    assert len(whole) == {"lines": 2 * 4 + 1, "plane": 25, "path": 5}[kind]
+
+
+def test_a_rewritten_copy_for_the_search_gives_the_same_curve() -> None:
+    x, y = examples(6)
+    attack = Pgd(LinfBall(0.1), steps=3, step_size=0.05)
+    plain, fast = (Landscape(attack=attack, points=3, trials=2, search=s)(convnet(), x, y) for s in ("plain", "fp32"))
+    assert torch.allclose(plain.losses, fast.losses, rtol=1e-3)
+
+
+def test_three_lines_show_any_network(tmp_path) -> None:
+    lines = Landscape(loss="frozen", trials=2, points=3)(convnet(), *examples(4))
+    files = lines.picture(tmp_path / "landscape.png", "mine", data="toy test")
+    assert [f.suffix for f in files] == [".png", ".svg", ".html"] and all(f.stat().st_size for f in files)
+    caption = lines.caption("toy test")
+    for part in ("toy test (4 examples)", "PGD-10, linf epsilon 0.03137", "attacked once, at s = 0, and frozen",
+                 "2 random directions", "length 0.5 (layer normalisation)", "3 steps", "seed 0"):  # fmt: skip
+        assert part in caption
+    assert lines.loss_label == "frozen adversarial cross-entropy (nats)" and "%" in lines.error_label
+    assert torch.allclose(lines.standard_error, lines.spread / math.sqrt(2))
+    assert torch.equal(lines.curve, lines.mean)
 
 
 def test_the_gradient_is_that_of_the_mean_loss_and_leaves_no_trace() -> None:
@@ -180,7 +248,17 @@ def test_wrong_options_and_directions_are_refused() -> None:
         Landscape(loss="clean")(convnet(), *examples(2), directions=[])
     with pytest.raises(UserError, match="names and shapes of the weights"):
         Landscape(loss="clean")(convnet(), *examples(2), directions=[{"0.weight": torch.zeros(1)}])
-    plane = Landscape(loss="clean", points=2).plane(convnet(), *examples(2))
+    with pytest.raises(UserError, match="points must be odd"):
+        Landscape(loss="clean", points=50)(convnet(), *examples(2))
+    with pytest.raises(UserError, match="got 2: write 3"):
+        Landscape(loss="clean", points=2).plane(convnet(), *examples(2))
+    with pytest.raises(UserError, match="points must lie in"):
+        Landscape(points=1)
+    with pytest.raises(UserError, match="reduction must be one of"):
+        Landscape(reduction="median")
+    with pytest.raises(UserError, match="search must be one of"):
+        Landscape(search="fp16")
+    plane = Landscape(loss="clean", points=3).plane(convnet(), *examples(2))
     with pytest.raises(UserError, match="no mean over lines"):
         _ = plane.mean
     with pytest.raises(UserError, match="Only a path"):

@@ -50,15 +50,32 @@ def test_mean_band_and_maximum_of_every_network_are_drawn_on_one_scale(drawn, tm
     band = left.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((1, 4))  # no wider than the directions themselves
     assert list(right.lines[0].get_ydata()) == pytest.approx([30, 15, 10, 15, 30])
-    labels = [text.get_text() for text in left.get_legend().get_texts()]
-    assert labels[:2] == ["one", "two"] and "2 directions" in labels[2]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert "mean of 2 directions (dashed: maximum" in legend.get_title().get_text()
     assert "nats" in left.get_ylabel() and "%" in right.get_ylabel() and left.get_xlabel()
+
+
+def test_the_maximum_can_be_what_counts_and_the_caption_is_drawn(drawn, tmp_path) -> None:
+    landscape_lines({"one": lines(1.0)}, tmp_path / "a.png", emphasis="max", caption="128 examples")
+    thick, dashed = drawn[0].axes[0].lines[:2]
+    assert list(thick.get_ydata()) == pytest.approx([4, 1.75, 1, 1.75, 4]) and dashed.get_linestyle() == "--"
+    assert "128 examples" in [text.get_text() for text in drawn[0].texts]
+
+
+def test_curves_differ_in_colour_and_marker(drawn, tmp_path) -> None:
+    landscape_lines({str(k): lines(float(k)) for k in range(1, 8)}, tmp_path / "a.png")
+    labelled = [line for line in drawn[0].axes[0].lines if not line.get_label().startswith("_")]
+    assert len({line.get_color() for line in labelled}) == len({line.get_marker() for line in labelled}) == 7
 
 
 def test_planes_share_levels_and_show_the_first_direction_to_the_right(drawn, tmp_path) -> None:
     landscape_planes({"one": plane(), "two": plane()}, tmp_path / "b.png")
     first = drawn[0].axes[0]
-    assert "direction 1" in first.get_xlabel()
+    assert "direction 1" in drawn[0].get_supxlabel() and "direction 2" in drawn[0].get_supylabel()
+    assert [axes.get_title() for axes in drawn[0].axes[:2]] == ["one", "two"]
+    levels = [axes.collections[0].levels for axes in drawn[0].axes[:2]]
+    assert list(levels[0]) == list(levels[1]) and levels[0][0] == pytest.approx(0.1)
     heights = first.collections[0]
     assert heights.get_array() is not None
     assert (tmp_path / "b.svg").exists()
