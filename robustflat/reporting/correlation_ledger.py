@@ -73,8 +73,8 @@ def correlation_ledger(
 
     Returns:
         columns x, y, method, models (ours), ours, low, high, p, paper_same (the paper's tables, over the experiments
-        that we ran), paper_all (over its 74 models), published (in its text), verdict, sentence. "agrees": paper_same lies in
-        our interval.
+        that we ran), paper_all (over its 74 models), published (in its text), verdict, sentence. "agrees": paper_same
+        lies in our interval.
 
     Raises:
         UserError: for an unknown method.

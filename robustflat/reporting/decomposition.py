@@ -35,8 +35,8 @@ def decomposed(records: Sequence[RunRecord], metric: str = "robust_loss") -> pd.
         the columns of `columns` that name the run, then last (test value of the last checkpoint), train, early_stopped,
         gap (last minus train), after_best (last minus early-stopped), onset (epoch where the final rise begins, see
         `overfitting_onset`, from the history column "test/<metric>"), and note: why a part is missing. `gap_stderr`
-        takes the two example sets as independent. `after_best` has no standard error: both networks saw the same examples, whose
-        losses are not in the records.
+        takes the two example sets as independent. `after_best` has no standard error: both networks saw the same
+        examples, whose losses are not in the records.
 
     Raises:
         UserError: if the metric has a split or a checkpoint, or cannot be read.
@@ -100,8 +100,8 @@ def overfitting_onset(
 
     Definition: smooth the values of the evaluated epochs by the running median of `window` of them; let m be the lowest
     smoothed value and e the last one. There is a final rise if e - m > `least` * |m|. Its onset is the last epoch at
-    which the smoothed loss is at most m + `share` * (e - m): from there on it never comes back near its best. A share above 0
-    keeps a small chance dip from moving the onset to the front of a long flat stretch.
+    which the smoothed loss is at most m + `share` * (e - m): from there on it never comes back near its best. A share
+    above 0 keeps a small chance dip from moving the onset to the front of a long flat stretch.
 
     Args:
         history: a line per epoch with the column "epoch"; epochs without a value are skipped.
@@ -184,8 +184,8 @@ def compared_at_cost(
 
     Returns:
         run_id, experiment, label, family, seed, value, stderr, cost, relative_cost (to the mean of the reference's
-        runs), equal_cost (True, False, or missing where a cost is not known), difference (value minus that of the reference,
-        only at equal cost), efficient (no run is as cheap and better), note. Sorted by cost.
+        runs), equal_cost (True, False, or missing where a cost is not known), difference (value minus that of the
+        reference, only at equal cost), efficient (no run is as cheap and better), note. Sorted by cost.
 
     Raises:
         UserError: if there is no run of that label, or a setting is outside its range.
@@ -234,7 +234,8 @@ def history_at_cost(
         unit, phases: as in `compared_at_cost`.
 
     Returns:
-        run_id, label, seed, value (of the last evaluated epoch within the budget), epoch, cost (of the whole run), note.
+        run_id, label, seed, value (of the last evaluated epoch within the budget), epoch, cost (of the whole run),
+        note.
 
     Raises:
         UserError: if the budget is not positive.

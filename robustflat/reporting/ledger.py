@@ -24,8 +24,8 @@ DATASET = "cifar10"
 
 
 class Cell(NamedTuple):
-    """A column of the paper's tables: its title, our quantity (see `columns.quantity`), printed units per unit of ours, and
-    half of the last printed digit in our units.
+    """A column of the paper's tables: its title, our quantity (see `columns.quantity`), printed units per unit of ours,
+    and half of the last printed digit in our units.
     """
 
     title: str
@@ -114,8 +114,8 @@ def reproduction_ledger(
 
     Ours is the mean over seeds. With several, its interval joins (in squares) the one over seeds by Student's t and the
     one over examples or draws, which all seeds share. With one, it is the run's own and knows nothing of how much
-    another training would differ. The paper's number comes from one training: for the verdict, the interval is widened by the
-    spread of one training where seeds show it, and by half of the last printed digit.
+    another training would differ. The paper's number comes from one training: for the verdict, the interval is widened
+    by the spread of one training where seeds show it, and by half of the last printed digit.
 
     Args:
         records: of our runs; failed ones count as not run.
@@ -149,8 +149,8 @@ def reproduction_ledger(
 
 
 class Ours(NamedTuple):
-    """Our number: mean of `seeds` runs, half of its interval, half of the one that a single training falls into, and how
-    the interval was made. NaN where not known.
+    """Our number: mean of `seeds` runs, its interval, the one that a single training falls into, and
+    how the interval was made. NaN where not known.
     """
 
     value: float
