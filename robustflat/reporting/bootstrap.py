@@ -104,8 +104,8 @@ def bootstrap_interval(
 def bias_corrected_normal(samples: Array, value: float, confidence: float) -> Range:
     """Normal interval on the scale of arctanh, moved by the bias that the bootstrap shows.
 
-    For noise that pulls all bootstrap values to one side of the estimate, where percentiles, corrected or not, would have
-    to be taken from beyond the most extreme sample.
+    For noise that pulls all bootstrap values to one side of the estimate, where percentiles, corrected or not, would
+    have to be taken from beyond the most extreme sample.
 
     Args:
         samples: (B,) bootstrap values in [-1, 1]; NaN where undefined.

@@ -16,6 +16,9 @@ from robustflat.reporting.paired import Labels, Paired, paired
 
 SOURCES = ("examples", "models", "both")
 
+RANKS = "Ranks change in jumps, so this interval over examples alone is rough and rather too narrow."
+"""Of simulated ones, 68 to 88 % instead of 95 % held the coefficient of noise-free ranks (Pearson: 89 to 98 %)."""
+
 
 def correlation_over_examples(
     x: NDArray[np.floating],
@@ -27,7 +30,7 @@ def correlation_over_examples(
     clusters: Labels | None = None,
     settings: Resampling | None = None,
 ) -> Correlation:
-    """Correlation of two quantities that are means over the same evaluation examples, which count in the interval.
+    """Correlation of two quantities that are means over the same evaluation examples, these in the interval.
 
     Examples are drawn jointly: all models, and both quantities, see the same drawn examples, so what makes an example
     hard for all models does not count as noise.
@@ -69,6 +72,8 @@ def correlation_over_examples(
         return replace(found, cautions=(*data.cautions, NO_SPREAD))
     samples = _samples(first[data.kept], second[data.kept], data, asked, over)
     ends, how = _ends(samples, value, data, asked, over)
+    if over == "examples" and method != "pearson":
+        found = replace(found, cautions=(*found.cautions, RANKS))
     where = {"examples": "evaluation examples", "models": f"{unit}s", "both": f"{unit}s and evaluation examples"}[over]
     return replace(found, low=ends.low, high=ends.high, interval=f"{100 * settings.confidence:g} % {how} over {where}")
 
