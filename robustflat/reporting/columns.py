@@ -78,8 +78,8 @@ def columns(records: Iterable[RunRecord], **names: str) -> pd.DataFrame:
 
     >>> from robustflat.reporting.paper import from_paper
     >>> frame = columns(from_paper(), x="average flatness", y="robust_loss")
-    >>> frame.loc[0, ["label", "x", "y"]].tolist()
-    ['+Unlabeled', 0.32, 1.18]
+    >>> [str(value) for value in frame.loc[0, ["label", "x", "y"]]]
+    ['+Unlabeled', '0.32', '1.18']
 
     Args:
         records: of runs; also failed ones, which have missing numbers.
