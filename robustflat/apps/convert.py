@@ -124,17 +124,27 @@ def clean_accuracy(model: nn.Module, overrides: Sequence[str]) -> Accuracy:
     Raises:
         UserError: if the data set cannot be built or does not fit the network.
     """
+    dataset = dataset_of(overrides)
+    model = model.to(dataset.device)
+    logits, labels = predict(model, dataset.test.batches(dataset.eval_batch_size))
+    correct = int((~wrong(logits, labels)).sum())
+    return Accuracy(correct, len(labels), f"{dataset.name} {dataset.test_split}")
+
+
+def dataset_of(overrides: Sequence[str]) -> Dataset:
+    """The data set that a command line names: dataset=cifar10 data_root=... device=cpu ...
+
+    Raises:
+        UserError: if none is named, or it cannot be built.
+    """
     config = _composed([*overrides])
     if config.dataset is None:
-        raise UserError("the self-check needs dataset=<choice>.")
+        raise UserError("say which data: dataset=<choice>.")
     config.device = choose_device(config.device)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
     _require_sound(OmegaConf.masked_copy(config, ["dataset", "device", "data_root"]))
     dataset: Dataset = build(config.dataset)
-    model = model.to(config.device)
-    logits, labels = predict(model, dataset.test.batches(dataset.eval_batch_size))
-    correct = int((~wrong(logits, labels)).sum())
-    return Accuracy(correct, len(labels), f"{dataset.name} {dataset.test_split}")
+    return dataset
 
 
 def write(
