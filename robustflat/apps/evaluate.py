@@ -23,7 +23,16 @@ from robustflat.apps.check import check
 from robustflat.apps.config import Root, _safe_name, digest, resolved
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
-from robustflat.apps.networks import NetworkFile, choose, digest_of, find_run, snapshots, stored_config, weights_of
+from robustflat.apps.networks import (
+    NetworkFile,
+    choose,
+    described,
+    digest_of,
+    find_run,
+    snapshots,
+    stored_config,
+    weights_of,
+)
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.train import sensible_threads
@@ -109,6 +118,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     OmegaConf.set_struct(config, False)
     run = _run_folder(config)
     stored = None if run is None else stored_config(run)
+    origin = _describe_network(config) if run is None else {}
     complete(config, stored, choices)
     require_sound(config)
     config.device = config.dataset.device = choose_device(config.device)
@@ -121,7 +131,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     with closing(folder):
         if run is None:
             write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
+            folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()} | origin)
         facts = provenance(command)
         bench = Bench(
             plan=plan,
@@ -281,6 +291,16 @@ def _files(config: DictConfig, run: Path | None, plan: EvaluationPlan) -> list[N
         return []
     which = config.checkpoints if config.checkpoints is not None else plan.checkpoints
     return choose(run, str(which if which is not None else "last"), config.part)
+
+
+def _describe_network(config: DictConfig) -> dict[str, Any]:
+    """Take the network from a checkpoint that says which one it holds, unless the command does; what else it says."""
+    if config.model is not None and "_target_" in config.model:
+        return {}
+    node, record = described(Path(config.checkpoint))
+    if node is not None:
+        config.model = _given_or_stored(config.model, node)
+    return {"converted": record} if record else {}
 
 
 def _require_pieces(config: DictConfig, plan: EvaluationPlan) -> None:

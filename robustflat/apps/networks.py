@@ -152,6 +152,35 @@ def weights_of(file: NetworkFile) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items()} if all(map(_wrapped, weights)) else weights
 
 
+def described(path: Path) -> tuple[DictConfig | None, dict[str, Any]]:
+    """What a checkpoint of ours says of its network: the `model` node, and the record of its conversion if it has one.
+
+    Args:
+        path: any file; one that is missing or of another program says nothing.
+
+    Returns:
+        Node or `None`, and the record or {}.
+
+    Raises:
+        CheckpointError: if the file is damaged or unsafe to load, or the node is no configuration.
+    """
+    if not path.is_file() or _is_foreign(path):
+        return None, {}
+    meta = load(path).meta
+    text = meta.get("config")
+    record = meta.get("converted")
+    if not isinstance(text, str):
+        return None, record if isinstance(record, dict) else {}
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # the YAML library's own, which OmegaConf passes on
+        raise CheckpointError(f"{path} holds a configuration that is no YAML.") from error
+    node = config.get("model") if isinstance(config, DictConfig) else None
+    if "${" in text or not isinstance(node, DictConfig):
+        raise CheckpointError(f"{path} does not say which network it holds. Give model=<choice>.")
+    return node, record if isinstance(record, dict) else {}
+
+
 def digest_of(weights: Mapping[str, Tensor]) -> str:
     """Sixteen hexadecimal digits of names, shapes, types and values: equal weights, equal digest."""
     total = hashlib.sha256()

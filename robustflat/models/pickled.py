@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import pickle
 import types
 import warnings
@@ -87,14 +88,48 @@ def _module() -> types.ModuleType:
     return made
 
 
-def state_dict_of(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of the network in a pickled checkpoint: parameters and buffers.
+def state_dict_of(path: str | Path, *, part: str | None = None) -> dict[str, Tensor]:
+    """Named tensors of the network in a checkpoint of another program: parameters and buffers.
 
     Args:
-        path: file of `torch.save`, of any version: a module, a state dict, or a dictionary that holds one of them.
+        path: file of `torch.save`, of any version: a module, a state dict, or a dictionary that holds one of them; or
+            a .safetensors file.
+        part: key of the file's dictionary under which the network is, such as "state_dict" or "last"; `None`: the
+            largest set of named tensors in the file.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, or holds no named tensors.
+        CheckpointError: if the file is missing or damaged, holds no named tensors or has no such part, or holds
+            several networks with different weights, of which `part` must name one.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    content = content_of(path)
+    if part is not None:
+        keys = [str(key) for key in content] if isinstance(content, Mapping) else []
+        if part not in keys:
+            raise CheckpointError(f"{path} has no part '{part}'; there are {', '.join(keys[:20]) or 'none'}.")
+        assert isinstance(content, Mapping)
+        content = content[part]
+    candidates = list(_candidates(content, 0))
+    found = max(candidates, key=len, default={})
+    if not found:
+        raise CheckpointError(f"{path} holds no network: no module and no dictionary of named tensors.")
+    rivals = [other for other in candidates if other.keys() == found.keys() and not _equal(other, found)]
+    if rivals:
+        keys = [str(key) for key in content] if isinstance(content, Mapping) else []
+        raise CheckpointError(
+            f"{path} holds {len(rivals) + 1} networks with equal names and different weights. Say which one by its "
+            f"key (--part): {', '.join(keys[:20])}."
+        )
+    return {name: value.clone() for name, value in found.items()}
+
+
+def content_of(path: str | Path) -> object:
+    """Everything in a pickled file of `torch.save`; objects of classes that the file names are `Shell`s.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or is a TorchScript program.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,16 +139,32 @@ def state_dict_of(path: str | Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats and classes whose source changed
-            content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_module())
+            content: object = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_module())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # torch and pickle raise nearly anything on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is damaged or no torch file ({reason}).") from error
-    found = max(_candidates(content, 0), key=len, default={})
-    if not found:
-        raise CheckpointError(f"{path} holds no network: no module and no dictionary of named tensors.")
-    return {name: value.clone() for name, value in found.items()}
+    return content
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file in the format of the package safetensors, which holds nothing else."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    try:
+        reader = importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors.") from error
+    try:
+        state: dict[str, Tensor] = reader.load_file(path)
+    except Exception as error:  # the package's own error type and whatever a damaged header leads to
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}).") from error
+    return state
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(one[n].shape == other[n].shape and torch.equal(one[n], other[n]) for n in one)
 
 
 def _candidates(value: object, depth: int) -> Iterator[dict[str, Tensor]]:
