@@ -23,6 +23,10 @@ from robustflat.apps.messages import complain, user_error_in
 APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
     "evaluate": "evaluate a trained network: errors and losses under attack, flatness, early stopping",
+    "hessian": "curvature of the loss: eigenvalues, trace, spectral density",
+    "measure": "sharpness by the measures of the literature, on clean, frozen-adversarial or re-attacked loss",
+    "rescale": "scale weights without changing the function, and measure again: the paper's x0.5 / x2 study",
+    "audit": "which sharpness measures move under function-preserving transformations",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 
