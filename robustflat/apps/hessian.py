@@ -58,7 +58,7 @@ def spectra(place: Workplace) -> float:
     names = []
     for file in place.files:
         model, weights = place.network(file)
-        names += [_spectrum(place, file, model, weights, loss) for loss in losses_of(place.config, LOSSES)]
+        names += [spectrum(place, file, model, weights, loss) for loss in losses_of(place.config, LOSSES)]
     found = {name: place.store.read(name) for name in names}
     _print(place, found)
     _draw(place, found)
@@ -75,7 +75,12 @@ def _check(config: DictConfig) -> None:
         raise UserError("Give the attack of the frozen loss as attack=<choice> with loss=frozen.")
 
 
-def _spectrum(place: Workplace, file: NetworkFile, model: nn.Module, weights: str, loss: str) -> str:
+def spectrum(place: Workplace, file: NetworkFile, model: nn.Module, weights: str, loss: str) -> str:
+    """Measure one network on one loss by the node `hessian`, unless that is stored.
+
+    Returns:
+        The name of the result in the store.
+    """
     values = resolved(place.config)
     decisive = {"loss": loss, "hessian": values["hessian"], "attack": None if loss == "clean" else values["attack"]}
 

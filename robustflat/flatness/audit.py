@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.examples import Array
@@ -70,8 +69,11 @@ class AuditRow:
 
     @property
     def verdict(self) -> str:
-        """ "as expected"; "UNEXPECTED": moves though its definition does not; "did not move" where it may, by more than
-        its error; or "open"."""
+        """Short for whether that was to be expected.
+
+        "as expected"; "UNEXPECTED": moves though its definition does not; "did not move" where its definition lets it,
+        by more than its error; or "open".
+        """
         if self.expected == "open":
             return "open"
         if self.expected == SAME:
@@ -118,7 +120,7 @@ class AuditResult:
         return pd.DataFrame([row.to_dict() for row in self.rows])
 
     def __str__(self) -> str:
-        """Measures by transformations: the factor by which each moves; * where its definition lets it, but it did not."""
+        """Measures by transformations: the factor by which each moves; * where it may but did not."""
         cells = {(row.measure, row.transformation): _cell(row) for row in self.rows}
         names = list(dict.fromkeys(row.measure for row in self.rows))
         table = pd.DataFrame({t: [cells.get((n, t), "") for n in names] for t in self.done}, index=names)
@@ -212,7 +214,7 @@ def _copies(
             found.model, f"{len(found.factors)} layers before norm layers scaled by {factor:g}", found.change
         )
 
-    makers = {
+    makers: dict[str, Callable[[], Transformed]] = {
         BATCH_NORM_SCALING: scaled_before_norms,
         LAYER_SCALING: lambda: layers_scaled(model, images, factor),
         BATCH_NORM_FOLDING: lambda: batch_norm_folded(model, images),

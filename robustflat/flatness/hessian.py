@@ -35,8 +35,8 @@ class HessianSpectrum:
     >>> result = HessianSpectrum(top=5, bottom=5, precision="fp64")(model, images, labels)  # doctest: +SKIP
     >>> print(result)  # doctest: +SKIP
 
-    Cost: about 20 to 200 products for the ends, `trace_products` for the trace, and `density_steps` per probe of the density; each
-    costs somewhat more than two gradients over all examples.
+    Cost: about 20 to 200 products for the ends, `trace_products` for the trace, and `density_steps` per probe of the
+    density; each costs somewhat more than two gradients over all examples.
 
     Args:
         top, bottom: how many of the largest and smallest eigenvalues, >= 0.

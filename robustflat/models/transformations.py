@@ -8,6 +8,7 @@ weights before normalisation layers is in `robustflat.models.rescale`.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ _EXACT = 1e-9
 
 class Transformed(NamedTuple):
     """A copy in float64, what was done in words, and the largest relative change of a logit on the images of the
-    check."""
+    check.
+    """
 
     model: nn.Module
     what: str
@@ -176,10 +178,7 @@ def _neighbours(model: nn.Module, images: Tensor) -> list[tuple[str, str, list[s
             handle.remove()
     once = [call for call in calls if calls.count(call) == 1]
     places = [index for index, (_, linear) in enumerate(once) if linear]
-    return [
-        (once[i][0], once[j][0], [name for name, _ in once[i + 1 : j]])
-        for i, j in zip(places, places[1:], strict=False)
-    ]
+    return [(once[i][0], once[j][0], [name for name, _ in once[i + 1 : j]]) for i, j in itertools.pairwise(places)]
 
 
 def _permute_outputs(layer: nn.Module, order: Tensor) -> None:

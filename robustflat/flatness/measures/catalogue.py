@@ -87,7 +87,7 @@ def chosen(names: Sequence[str] | None) -> dict[str, SharpnessMeasure]:
     return {name: STANDARD[name] for name in (STANDARD if names is None else names)}
 
 
-def measures(  # noqa: PLR0913  (the options of one call)
+def measures(
     model: nn.Module,
     images: Array,
     labels: Array,

@@ -76,9 +76,9 @@ class SpectralNorms(Measure):
 
 
 class PathNorm(Measure):
-    """Square root of the sum over paths from input to output of the product of squared weights (Neyshabur et al., 2015).
+    """Square root of the sum over paths from input to output of the product of squared weights.
 
-    Of the whole network after its standardisation of the images, batch norm as the scaling that it is in eval mode;
+    Neyshabur et al. (COLT 2015). Of the whole network after its standardisation of the images, batch norm as the scaling that it is in eval mode;
     biases and shifts are left out.
     """
 

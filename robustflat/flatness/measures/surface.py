@@ -69,7 +69,7 @@ class LossSurface:
         self._set(found, fixed, loss, attack, seed)
         self.parameters = found.described(norm_layers, biases)
         self.norm_layers, self.biases = norm_layers, biases
-        self.anchors = dict(anchors or {})
+        self.anchors.update(anchors or {})
 
     def _set(self, found: Subject, fixed: list[Batch], loss: str, attack: Attack | None, seed: int) -> None:
         self.found, self.fixed, self.loss, self.attack, self.seed = found, fixed, loss, attack, seed

@@ -75,7 +75,7 @@ class Ellipsoid:
         return {name: share * step for name, step in nu.items()}
 
     def scaled(self, noise: Weights) -> Weights:
-        """radius * c * noise / |noise|."""
+        """Radius * c * noise / |noise|."""
         length = _length(noise)
         return {name: c * noise[name] * (self.radius / length) for name, c in self.axes.items()}
 
@@ -237,7 +237,7 @@ class FirstOrderFlatness(Measure):
         self.rho, self.steps, self.restarts = rho, steps, restarts
 
     def __call__(self, surface: LossSurface) -> Reading:
-        """rho times the largest norm found, in nats."""
+        """Rho times the largest norm found, in nats."""
         sphere = Ellipsoid({name: torch.ones_like(w) for name, w in surface.weights.items()}, self.rho)
         found = torch.tensor([self._ascent(surface, sphere, r) for r in range(self.restarts)], dtype=torch.float64)
         at_w = _norm(surface.slope()[1])
