@@ -181,11 +181,12 @@ def _report(place: Workplace, plan: EvaluationPlan, table: pd.DataFrame) -> None
         printed.add_row(str(column), *map(str, shown[column]))
     place.console.print()
     place.console.print(printed)
+    absorbed = "absorbed" if place.config.absorb_epsilon else "not absorbed"
     place.console.print(
         f"\nThreat model {plan.norm}, epsilon {plan.epsilon:.5g}; +- standard error over examples (errors, losses), "
-        f"over draws (average case), or spread of restarts (worst case). Logits agree to {place.config.tolerance:g} of the "
-        f"largest; batch norm's epsilon is {'absorbed' if place.config.absorb_epsilon else 'not absorbed'}. The scaled "
-        f"layers' Hessian block goes with 1 / scale^2; other layers' blocks stay.",
+        f"over draws (average case), or spread of restarts (worst case). Logits agree to "
+        f"{place.config.tolerance:g} of the largest; batch norm's epsilon is {absorbed}. "
+        f"The scaled layers' Hessian block goes with 1 / scale^2; other layers' blocks stay.",
         style="dim",
         markup=False,
     )

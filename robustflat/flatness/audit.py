@@ -264,6 +264,8 @@ def _expected(measure: SharpnessMeasure, transformation: str, biases: bool) -> s
 def _found(before: Reading, after: Reading, tolerance: float, search_tolerance: float) -> str:
     if before.value == after.value:
         return SAME
+    if not (math.isfinite(before.value) and math.isfinite(after.value)):
+        return MOVES
     gap, size = abs(after.value - before.value), max(abs(before.value), abs(after.value))
     if gap <= tolerance * size:
         return SAME

@@ -78,8 +78,8 @@ class SpectralNorms(Measure):
 class PathNorm(Measure):
     """Square root of the sum over paths from input to output of the product of squared weights.
 
-    Neyshabur et al. (COLT 2015). Of the whole network after its standardisation of the images, batch norm as the scaling that it is in eval mode;
-    biases and shifts are left out.
+    Neyshabur et al. (COLT 2015). Of the whole network after its standardisation of the images, batch norm as the
+    scaling that it is in eval mode; biases and shifts are left out.
     """
 
     source = "Neyshabur et al., COLT 2015"
