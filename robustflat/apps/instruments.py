@@ -39,6 +39,7 @@ from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
+from robustflat.models.inference import keep_freed_memory
 from robustflat.models.precision import precision_of
 from robustflat.store.results import KEY, ResultStore, group_name
 from robustflat.types import Attack, Batch
@@ -269,6 +270,7 @@ def opened(
     dataset: Dataset = build(config.dataset)
     _require_examples(config, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
+    keep_freed_memory()
     files = _files(config, run)
     folder = _open_folder(config, run, files)
     facts = provenance(command)
