@@ -4,9 +4,8 @@
     python benchmarks/curvature.py --device cuda --channels 16 64 --images 128 --rounds 10
 
 All are timed in turn (processor time on a CPU) and the medians over the rounds compared, so that a busy machine slows
-each of them alike. "ours,
-first" builds the graph of the gradient anew, as with several batches; "ours, next" is a further product with a
-single batch, whose graph is kept. Prints Markdown; the goal is at most 2.3 gradients.
+each of them alike. "ours, first" builds the graph of the gradient anew, as with several batches; "ours, next" is a
+further product with a single batch, whose graph is kept. Prints Markdown; the goal is at most 2.3 gradients.
 """
 
 from __future__ import annotations
