@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from robustflat.attacks.autoattack import AutoAttack
     from robustflat.attacks.pgd import Pgd
     from robustflat.evaluation.evaluate import evaluate
+    from robustflat.flatness.audit import audit
     from robustflat.flatness.average import AverageFlatness
     from robustflat.flatness.hessian import HessianSpectrum, hessian_spectrum
     from robustflat.flatness.landscape import Landscape
+    from robustflat.flatness.measures.catalogue import measures
     from robustflat.flatness.worst import WorstFlatness
     from robustflat.geometry.input_ball import L1Ball, L2Ball, LinfBall
     from robustflat.geometry.weight_ball import WeightBall
@@ -34,15 +36,19 @@ __all__ = [
     "Pgd",
     "WeightBall",
     "WorstFlatness",
+    "audit",
     "evaluate",
     "hessian_spectrum",
+    "measures",
 ]
 
 _ROOMS = {
     "AutoAttack": "attacks.autoattack",
     "HessianSpectrum": "flatness.hessian",
     "Landscape": "flatness.landscape",
+    "audit": "flatness.audit",
     "hessian_spectrum": "flatness.hessian",
+    "measures": "flatness.measures.catalogue",
     "AverageFlatness": "flatness.average",
     "L1Ball": "geometry.input_ball",
     "L2Ball": "geometry.input_ball",

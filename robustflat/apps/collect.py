@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import DataError
+from robustflat.evaluation.curvature_rows import sharpness_rows, spectrum_rows
 from robustflat.evaluation.rows import Row, attack_rows, clean_rows, flatness_rows, gap_rows
 from robustflat.store.results import ResultStore, Stored
 
@@ -85,6 +86,8 @@ def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:
     try:
         if kind == "flatness":
             return _flatness_rows(store, split, name, stored)
+        if kind in _WITHOUT_LABELS:
+            return _WITHOUT_LABELS[str(kind)](name.rsplit("/", 1)[1], stored)
         labels = _tensor(store, split, "labels")
         if kind == "clean":
             return clean_rows(torch.from_numpy(stored.arrays["logits"]), labels)
@@ -109,6 +112,22 @@ def _flatness_rows(store: ResultStore, split: str, name: str, stored: Stored) ->
         labels=_tensor(store, split, "labels") if known else None,
         classes=_tensor(store, f"{split}/clean", "logits").shape[1] if known else 0,
     )
+
+
+def _spectrum_rows(name: str, stored: Stored) -> list[Row]:
+    arrays = stored.arrays
+    ends = [float(arrays[f"{end}_residuals"][0]) if len(arrays[end]) else float("nan") for end in ("top", "bottom")]
+    return spectrum_rows(
+        name, arrays["top"].tolist(), arrays["bottom"].tolist(), stored.attrs, residuals=(ends[0], ends[1])
+    )
+
+
+_WITHOUT_LABELS: Mapping[str, Callable[[str, Stored], list[Row]]] = {
+    "hessian": _spectrum_rows,
+    "sharpness": lambda name, stored: sharpness_rows(name, stored.attrs),
+    "audit": lambda name, stored: [],  # compares a network with copies of it: nothing for a table over runs
+}
+"""Kinds of results whose numbers are stored as such."""
 
 
 def _tensor(store: ResultStore, name: str, array: str) -> Tensor:

@@ -24,6 +24,10 @@ APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
     "evaluate": "evaluate a trained network: errors and losses under attack, flatness, early stopping",
     "landscape": "draw clean or robust loss along directions in weight space, on a plane, between two networks",
+    "hessian": "curvature of the loss: eigenvalues, trace, spectral density",
+    "measure": "sharpness by the measures of the literature, on clean, frozen-adversarial or re-attacked loss",
+    "rescale": "scale weights without changing the function, and measure again: the paper's x0.5 / x2 study",
+    "audit": "which sharpness measures move under function-preserving transformations",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 

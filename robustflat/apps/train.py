@@ -24,7 +24,7 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
 from robustflat.apps.config import digest, identity, resolved
-from robustflat.apps.measure import measure
+from robustflat.apps.measurements import measure
 from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text

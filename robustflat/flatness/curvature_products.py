@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from robustflat.attacks.judging import held_still
 from robustflat.errors import UserError, require_one_of
+from robustflat.models.folded import WeightsForward, folded_forward
 from robustflat.models.precision import exact_float32
 from robustflat.rng import generator_for
 from robustflat.types import Batch, Weights
@@ -40,9 +41,11 @@ class CurvatureProducts:
     * "fisher": the same expectation by one label drawn per example: the mean of g g^T, g the gradient for that label.
     * "empirical_fisher": the mean of g g^T with the true labels; away from a perfect fit, neither of the others.
 
-    The model itself does not change: its tensors are replaced functionally, in the wanted precision. Several vectors at
-    once share the forward and first backward pass; with a single batch the graph of these is kept between
-    calls, which takes no more memory than a call needs anyway. Call `release` when done.
+    The model itself does not change: a copy in the wanted precision is differentiated, with batch norms folded
+    into the layers before them (differentiably, see `folded_forward`) where that leaves the logits alone.
+
+    Several vectors at once share the forward and first backward pass; with a single batch the graph of these is kept
+    between calls, which takes no more memory than a call needs anyway. Call `release` when done.
 
     Args:
         model: images -> logits; run in eval mode.
@@ -82,7 +85,8 @@ class CurvatureProducts:
         self.device = self.batches[0].x.device
         total = sum(len(batch.y) for batch in self.batches)
         self._shares = [len(b.y) / total if reduction == "mean" else 1.0 for b in self.batches]
-        self._state = {name: self._cast(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._leaves = {name: w.detach().to(self.dtype, copy=True) for name, w in self._chosen(model).items()}
+        self._forward = self._made_forward(model)
         self._kept: _Graph | None = None
         self.count = 0
         """Products computed so far, one per vector."""
@@ -127,16 +131,25 @@ class CurvatureProducts:
         """Forget the graph kept between calls."""
         self._kept = None
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor.detach()
+    def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
+        known = dict(model.named_parameters(remove_duplicate=False))
+        return {name: known[name] for name in self.names}
+
+    def _made_forward(self, model: nn.Module) -> WeightsForward:
+        """The network as a function of the weights, in this object's precision."""
+        try:
+            network = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{type(model).__name__} cannot be copied to take its curvature ({error}).") from error
+        with held_still(network), exact_float32(self.device):
+            return folded_forward(network, self.batches[0].x[:2])
 
     def _graph(self, index: int) -> _Graph:
         if self._kept is not None:
             return self._kept
-        leaves = [self._state[name].clone().requires_grad_() for name in self.names]
+        leaves = [self._leaves[name].clone().requires_grad_() for name in self.names]
         x, y = self.batches[index]
-        state = {**self._state, **dict(zip(self.names, leaves, strict=True))}
-        logits = functional_call(self.model, state, (x,))
+        logits = self._forward(dict(zip(self.names, leaves, strict=True)), x)
         loss = F.cross_entropy(logits, y)
         gradient = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         graph = _Graph(leaves, logits, y, list(gradient))

@@ -17,11 +17,9 @@ from robustflat.flatness.lanczos import Eigenpairs, Ends, Lanczos, quadrature
 from robustflat.flatness.reference import drawn_seed
 from robustflat.flatness.spectrum_result import SpectralDensity, SpectrumResult
 from robustflat.flatness.subject import Subject, subject
-from robustflat.flatness.trace import TraceEstimates, signs, trace_estimates
+from robustflat.flatness.trace import ESTIMATORS, TraceEstimates, signs, trace_estimates
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch
-
-_DENSITY_STEPS = 60
 
 
 class HessianSpectrum:
@@ -37,14 +35,16 @@ class HessianSpectrum:
     >>> result = HessianSpectrum(top=5, bottom=5, precision="fp64")(model, images, labels)  # doctest: +SKIP
     >>> print(result)  # doctest: +SKIP
 
-    Cost: about 20 to 200 products for the ends, `trace_products` for the trace, and 60 per probe of the density; each
-    costs somewhat more than two gradients over all examples.
+    Cost: about 20 to 200 products for the ends, `trace_products` for the trace, and `density_steps` per probe of the
+    density; each costs somewhat more than two gradients over all examples.
 
     Args:
         top, bottom: how many of the largest and smallest eigenvalues, >= 0.
         lanczos: tolerance, limit and memory of the search; `None`: `Lanczos()`.
-        trace_products: for trace and Frobenius norm by Hutch++, >= 6; 0: neither.
+        trace_products: for trace and Frobenius norm, >= 6 (hutchinson: 2); 0: neither.
+        trace_estimator: "hutch++" or "hutchinson".
         density_probes: random vectors for the spectral density, >= 0.
+        density_steps: of Lanczos' iteration for each of these, >= 2.
         curvature: "hessian", "gauss_newton", "fisher" or "empirical_fisher", see `CurvatureProducts`.
         precision: "fp32" or "fp64", whatever the network's own.
         reduction: "mean" over examples, or "sum_over_batches".
@@ -57,14 +57,16 @@ class HessianSpectrum:
         UserError: if an option is unknown or out of range.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the keys of one flat configuration node)
         self,
         *,
         top: int = 5,
         bottom: int = 5,
         lanczos: Lanczos | None = None,
         trace_products: int = 0,
+        trace_estimator: str = "hutch++",
         density_probes: int = 0,
+        density_steps: int = 60,
         curvature: str = "hessian",
         precision: str = "fp32",
         reduction: str = "mean",
@@ -75,13 +77,17 @@ class HessianSpectrum:
     ) -> None:
         for name, value in (("top", top), ("bottom", bottom), ("density_probes", density_probes), ("seed", seed)):
             require_range(name, value, low=0)
+        require_one_of("trace_estimator", trace_estimator, ESTIMATORS)
+        require_range("density_steps", density_steps, low=2)
         if trace_products:
-            require_range("trace_products", trace_products, low=6, hint="Write 0 for no trace.")
+            low = 6 if trace_estimator == "hutch++" else 2
+            require_range("trace_products", trace_products, low=low, hint="Write 0 for no trace.")
         require_one_of("curvature", curvature, CURVATURES)
         require_one_of("precision", precision, PRECISIONS)
         require_one_of("reduction", reduction, REDUCTIONS)
         self.top, self.bottom, self.lanczos = top, bottom, lanczos or Lanczos()
-        self.trace_products, self.density_probes = trace_products, density_probes
+        self.trace_products, self.trace_estimator = trace_products, trace_estimator
+        self.density_probes, self.density_steps = density_probes, density_steps
         self.curvature, self.precision, self.reduction = curvature, precision, reduction
         self.attack, self.norm_layers, self.biases, self.seed = attack, norm_layers, biases, seed
 
@@ -162,14 +168,16 @@ class HessianSpectrum:
         if not self.trace_products:
             return None
         generator = generator_for(seed, "trace", device=like.device)
-        return trace_estimates(products, like, count=self.trace_products, generator=generator)
+        return trace_estimates(
+            products, like, count=self.trace_products, generator=generator, estimator=self.trace_estimator
+        )
 
     def _density(self, products: CurvatureProducts, like: Tensor, seed: int) -> SpectralDensity | None:
         if not self.density_probes:
             return None
         generator = generator_for(seed, "density", device=like.device)
         starts = signs((self.density_probes, like.numel()), like, generator)
-        rules = [quadrature(products, start, _DENSITY_STEPS) for start in starts]
+        rules = [quadrature(products, start, self.density_steps) for start in starts]
         return SpectralDensity(torch.stack([r[0] for r in rules]).cpu(), torch.stack([r[1] for r in rules]).cpu())
 
 

@@ -22,7 +22,22 @@ class Estimate(NamedTuple):
     standard_error: float
 
     def __str__(self) -> str:
-        return f"{self.value:.6g} +- {self.standard_error:.1g}"
+        return with_error(self.value, self.standard_error)
+
+
+def with_error(value: float, error: float) -> str:
+    """A number to the digits that its standard error leaves, and that error to two.
+
+    >>> with_error(167.0912, 3.14159), with_error(0.5, 0.0), with_error(0.5, math.nan)
+    ('167.1 +- 3.1', '0.5', '0.5 (no error bar)')
+    """
+    if math.isnan(error):
+        return f"{value:.6g} (no error bar)"
+    if not (math.isfinite(value) and 0 < error < math.inf):
+        return f"{value:.6g}"
+    last = math.floor(math.log10(error)) - 1  # exponent of the second digit of the error
+    digits = min(max(1, math.floor(math.log10(abs(value) or error)) - last + 1), 8)
+    return f"{value:.{digits}g} +- {error:.2g}"
 
 
 class TraceEstimates(NamedTuple):

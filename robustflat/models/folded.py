@@ -48,13 +48,15 @@ def folded_forward(model: nn.Module, example: Tensor) -> WeightsForward:
     for linear_path, norm_path in foldable_pairs(network, example):
         linear, norm = network.get_submodule(linear_path), network.get_submodule(norm_path)
         assert isinstance(linear, _LINEAR)
-        folds[linear_path] = _Fold(linear, norm)  # type: ignore[arg-type]  # pairs end in a batch norm
+        folds[linear_path] = _Fold(linear, norm, norm_path)  # type: ignore[arg-type]  # pairs end in a batch norm
         if linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros_like(folds[linear_path].shift), requires_grad=False)
         network.set_submodule(norm_path, nn.Identity())
 
+    of_norms = {f"{fold.norm_path}.{name}" for fold in folds.values() for name in ("weight", "bias")}
+
     def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        moved = dict(weights)
+        moved = {name: t for name, t in weights.items() if name not in of_norms}
         for path, fold in folds.items():
             moved |= fold(path, weights)
         images = x.contiguous(memory_format=torch.channels_last)
@@ -67,21 +69,35 @@ def folded_forward(model: nn.Module, example: Tensor) -> WeightsForward:
 class _Fold:
     """How one batch norm acts on the weights of the layer before it: scale per channel, and shift."""
 
-    def __init__(self, linear: Linear, norm: BatchNorm) -> None:
+    def __init__(self, linear: Linear, norm: BatchNorm, norm_path: str) -> None:
         scale, shift = scale_and_shift(norm)
         dtype = linear.weight.dtype
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.scale, self.shift = scale.to(dtype), shift.to(dtype)
+        self.norm_path = norm_path
+        self.deviation = torch.rsqrt(norm.running_var.double() + norm.eps).to(dtype)
+        self.mean = norm.running_mean.to(dtype)
+        self.offset = 1.0 if isinstance(norm, ReBatchNorm) else 0.0
+        self.norm_bias = None if norm.bias is None else norm.bias.detach().to(dtype)
 
     def __call__(self, path: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Folded weight and bias of the layer at `path`."""
         weight = weights.get(f"{path}.weight", self.weight)
         bias = weights.get(f"{path}.bias", self.bias)
-        scaled = weight * self.scale.view(-1, *[1] * (weight.ndim - 1))
-        return {
-            f"{path}.weight": scaled,
-            f"{path}.bias": self.shift if bias is None else self.shift + bias * self.scale,
-        }
+        scale, shift = self._affine(weights)
+        scaled = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        return {f"{path}.weight": scaled, f"{path}.bias": shift if bias is None else shift + bias * scale}
+
+    def _affine(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Scale and shift, with the batch norm's own parameters where these are among the weights."""
+        scale = self.scale
+        if f"{self.norm_path}.weight" in weights:
+            scale = (self.offset + weights[f"{self.norm_path}.weight"]) * self.deviation
+        elif f"{self.norm_path}.bias" not in weights:
+            return self.scale, self.shift
+        bias = weights.get(f"{self.norm_path}.bias", self.norm_bias)
+        shift = -self.mean * scale
+        return scale, shift if bias is None else shift + bias
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from robustflat.flatness.curvature_products import CurvatureProducts
 from robustflat.flatness.directions import loss_and_gradient
 from robustflat.flatness.hessian import frozen_batches
 from robustflat.flatness.subject import Subject, subject
-from robustflat.models.modes import displaced
+from robustflat.models.modes import displaced, perturbable
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
 
@@ -38,6 +38,8 @@ class LossSurface:
         norm_layers, biases: whether those parameters belong to w.
         batch_size: bounds memory.
         seed: of attacks and of all draws of the measures.
+        anchors: state dicts of other networks that some measures compare with, by what they are: "start" (the weights
+            that training began with), "other" (another network).
 
     Raises:
         UserError: if the model, images or labels cannot be measured, or loss and attack do not go together.
@@ -55,6 +57,7 @@ class LossSurface:
         biases: bool = True,
         batch_size: int = 128,
         seed: int = 0,
+        anchors: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         require_one_of("loss", loss, LOSSES)
         require_range("seed", seed, low=0)
@@ -65,13 +68,17 @@ class LossSurface:
         fixed = found.batches if attack is None else frozen_batches(found, attack, seed)
         self._set(found, fixed, loss, attack, seed)
         self.parameters = found.described(norm_layers, biases)
+        self.norm_layers, self.biases = norm_layers, biases
+        self.anchors.update(anchors or {})
 
     def _set(self, found: Subject, fixed: list[Batch], loss: str, attack: Attack | None, seed: int) -> None:
         self.found, self.fixed, self.loss, self.attack, self.seed = found, fixed, loss, attack, seed
         self.weights = {name: w.clone() for name, w in found.weights.items()}
         self.passes = 0
-        """Sweeps over the examples so far: forward passes, gradients (count twice) and products (four times)."""
+        """Sweeps over the examples so far: forward passes, gradients (count 3) and curvature products (count 4)."""
         self.parameters = ""
+        self.norm_layers, self.biases = False, True
+        self.anchors: dict[str, Mapping[str, Tensor]] = {}
 
     @property
     def described(self) -> str:
@@ -112,6 +119,16 @@ class LossSurface:
         with displaced(self.found.model, nu or {}):
             return loss_and_gradient(self.found.model, self._batches(nu), list(self.weights))
 
+    def gradient_norm_slope(self, nu: Weights) -> tuple[float, Weights]:
+        """|g| at w + nu, g the gradient of the loss there, and the gradient H g / |g| of that norm."""
+        self.passes += 7
+        with displaced(self.found.model, nu):
+            products = CurvatureProducts(self.found.model, self._batches(nu), self.weights, precision="fp64")
+            g = products.gradient()
+            norm = g.norm()
+            uphill = products.named(products(g / norm.clamp_min(torch.finfo(g.dtype).tiny)))
+        return float(norm), {name: t.to(self.weights[name]) for name, t in uphill.items()}
+
     def products(self, *, curvature: str = "hessian", names: Sequence[str] | None = None) -> CurvatureProducts:
         """Products with the curvature at w, in float64, of the named weights or all."""
         chosen = self.weights if names is None else {name: self.weights[name] for name in names}
@@ -127,8 +144,16 @@ class LossSurface:
             part = LossSurface.__new__(LossSurface)
             found = Subject(self.found.model, [Batch(own, y)], self.found.weights)
             part._set(found, [Batch(still, y)], self.loss, self.attack, self.seed)
-            part.parameters = self.parameters
+            part.parameters, part.norm_layers, part.biases = self.parameters, self.norm_layers, self.biases
             yield part
+
+    def of(self, model: nn.Module) -> LossSurface:
+        """The surface of another network on the same images (the fixed ones too) with the same kinds of weights."""
+        weights = perturbable(model, norm_layers=self.norm_layers, biases=self.biases)
+        other = LossSurface.__new__(LossSurface)
+        other._set(Subject(model, self.found.batches, weights), self.fixed, self.loss, self.attack, self.seed)
+        other.parameters, other.norm_layers, other.biases = self.parameters, self.norm_layers, self.biases
+        return other
 
     def _batches(self, nu: Weights | None) -> list[Batch]:
         """Images at the weights as they are now."""

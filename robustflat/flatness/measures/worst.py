@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from robustflat.errors import UserError, require_range
 from robustflat.flatness.directions import random_direction
-from robustflat.flatness.measures.measure import Reading
+from robustflat.flatness.measures.measure import PER_WEIGHT, TEMPERATURE, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
+from robustflat.flatness.trace import mean_of
 from robustflat.types import Weights
 
 _FIRST = 0.1
@@ -30,6 +31,10 @@ class Neighbourhood(Protocol):
     def project(self, nu: Weights) -> Weights:
         """A displacement brought into the set."""
 
+    @abstractmethod
+    def scaled(self, noise: Weights) -> Weights:
+        """A displacement on the set's surface, from noise in units of the set: equally far for any scale of w."""
+
 
 class Box:
     """|nu_i| <= limit_i for each weight."""
@@ -44,6 +49,10 @@ class Box:
     def project(self, nu: Weights) -> Weights:
         """Every entry clamped."""
         return {name: nu[name].clamp(-limit, limit) for name, limit in self.limits.items()}
+
+    def scaled(self, noise: Weights) -> Weights:
+        """A corner, by the signs of the noise."""
+        return self.steepest(noise)
 
 
 class Ellipsoid:
@@ -65,9 +74,22 @@ class Ellipsoid:
         share = float((self.radius / length).clamp_max(1.0))
         return {name: share * step for name, step in nu.items()}
 
+    def scaled(self, noise: Weights) -> Weights:
+        """Radius * c * noise / |noise|."""
+        length = _length(noise)
+        return {name: c * noise[name] * (self.radius / length) for name, c in self.axes.items()}
 
-def largest_rise(surface: LossSurface, neighbourhood: Neighbourhood, steps: int) -> float:
-    """Largest L(w + nu) - L(w) that an ascent finds in the neighbourhood; at least 0 with several steps.
+
+class Rise(NamedTuple):
+    """Largest rise found, standard deviation of what the starts found, and standard error over examples."""
+
+    value: float
+    spread: float
+    example_error: float
+
+
+def largest_rise(surface: LossSurface, where: Neighbourhood, steps: int, restarts: int = 1) -> Rise:
+    """Largest L(w + nu) - L(w) that ascents find in the neighbourhood; at least 0 with several steps.
 
     One step is the first-order maximiser at w, and may even fall. More steps begin at a small random displacement, as
     the gradient at a minimum is 0; they halve the step size and return to the best point when the loss has not grown: a
@@ -75,14 +97,27 @@ def largest_rise(surface: LossSurface, neighbourhood: Neighbourhood, steps: int)
 
     Args:
         surface: the loss.
-        neighbourhood: where to search.
-        steps: gradients to spend, >= 1.
+        where: where to search.
+        steps: gradients to spend in each ascent, >= 1.
+        restarts: ascents with several steps, each from a start of its own, >= 1.
     """
+    start = surface.losses()
     if steps == 1:
-        start, slope = surface.slope()
-        return surface.value(neighbourhood.project(neighbourhood.steepest(slope))) - start
-    start = surface.value()
-    drawn = neighbourhood.steepest(random_direction(surface.weights, surface.generator("ascent")))
+        _, slope = surface.slope()
+        rises = surface.losses(where.project(where.steepest(slope))) - start
+        return Rise(float(rises.mean()), 0.0, mean_of(rises).standard_error)
+    found = [ascend(surface, where, steps, restart) for restart in range(restarts)]
+    values = torch.stack([losses.mean() for losses in found]) - start.mean()
+    best = found[int(values.argmax())] - start
+    if float(best.mean()) < 0:
+        best = torch.zeros_like(start)
+    spread = float(values.std()) if restarts > 1 else math.nan
+    return Rise(float(best.mean()), spread, mean_of(best).standard_error)
+
+
+def ascend(surface: LossSurface, where: Neighbourhood, steps: int, restart: int) -> Tensor:
+    """Losses (N,) at the best point of one ascent; see `largest_rise`."""
+    drawn = where.scaled(random_direction(surface.weights, surface.generator("ascent", restart)))
     nu = {name: _FIRST * step for name, step in drawn.items()}
     best, best_value, best_slope, share = nu, -math.inf, nu, 2.0
     for _ in range(steps):
@@ -91,97 +126,228 @@ def largest_rise(surface: LossSurface, neighbourhood: Neighbourhood, steps: int)
             best, best_value, best_slope = nu, value, slope
         else:
             share /= 2
-        move = neighbourhood.steepest(best_slope)
-        nu = neighbourhood.project({name: step + share * move[name] for name, step in best.items()})
-    return max(best_value, surface.value(nu), start) - start
+        move = where.steepest(best_slope)
+        nu = where.project({name: step + share * move[name] for name, step in best.items()})
+    last, before = surface.losses(nu), surface.losses(best)
+    return last if float(last.mean()) > float(before.mean()) else before
 
 
-class KeskarSharpness:
+class KeskarSharpness(Measure):
     """100 * (max L(w + nu) - L(w)) / (1 + L(w)) over |nu_i| <= epsilon (|w_i| + 1) (Keskar et al., ICLR 2017).
 
     They maximised with L-BFGS-B in 10 iterations; here it is a projected ascent by signs.
 
     Args:
         epsilon: > 0 (paper: 1e-3 and 5e-4).
-        steps: of the ascent, >= 1.
+        steps: of each ascent, >= 1.
+        restarts: ascents, >= 1.
     """
 
-    def __init__(self, epsilon: float = 1e-3, steps: int = 20) -> None:
+    source = "Keskar et al., ICLR 2017"
+
+    def __init__(self, epsilon: float = 1e-3, steps: int = 20, restarts: int = 2) -> None:
         require_range("epsilon", epsilon, low=0, low_open=True)
         require_range("steps", steps, low=1)
-        self.epsilon, self.steps = epsilon, steps
+        require_range("restarts", restarts, low=1)
+        self.epsilon, self.steps, self.restarts = epsilon, steps, restarts
 
     def __call__(self, surface: LossSurface) -> Reading:
         """Percent of 1 + L(w)."""
         box = Box({name: self.epsilon * (w.abs() + 1) for name, w in surface.weights.items()})
-        rise = largest_rise(surface, box, self.steps)
-        return Reading(100 * rise / (1 + surface.value()), details={"rise": rise})
+        rise = largest_rise(surface, box, self.steps, self.restarts)
+        percent = 100 / (1 + surface.value())
+        return Reading(percent * rise.value, percent * rise.spread, {"rise": rise.value}, percent * rise.example_error)
 
 
-class SamSharpness:
+class SamSharpness(Measure):
     """max L(w + nu) - L(w) over |nu|_2 <= rho (Foret et al., ICLR 2021); its mean over groups of m is m-sharpness.
 
     Args:
         rho: radius > 0.
         steps: 1 is the first-order step of SAM; more search on.
         m: examples in a group, each with a maximisation of its own; `None`: all together.
+        restarts: ascents where there are several steps, >= 1.
     """
 
-    def __init__(self, rho: float = 0.05, steps: int = 1, m: int | None = None) -> None:
+    source = "Foret et al., ICLR 2021"
+
+    def __init__(self, rho: float = 0.05, steps: int = 1, m: int | None = None, restarts: int = 2) -> None:
         require_range("rho", rho, low=0, low_open=True)
-        require_range("steps", steps, low=1)
-        if m is not None:
-            require_range("m", m, low=1)
-        self.rho, self.steps, self.m = rho, steps, m
+        _require_search(steps, m, restarts)
+        self.rho, self.steps, self.m, self.restarts = rho, steps, m, restarts
 
     def __call__(self, surface: LossSurface) -> Reading:
-        """Rise of the loss, in nats; the standard error is over groups."""
+        """Rise of the loss, in nats; with groups, the standard error is over these."""
         sphere = Ellipsoid({name: torch.ones_like(w) for name, w in surface.weights.items()}, self.rho)
-        return _grouped(surface, sphere, self.steps, self.m)
+        return _grouped(surface, sphere, self.steps, self.m, self.restarts)
 
 
-class AdaptiveSharpness:
+class AdaptiveSharpness(Measure):
     """max L(w + nu) - L(w) over |nu / |w||_p <= rho, element by element (Kwon et al., ICML 2021).
 
-    Wrap the network in `NormalizedLogits` for the variant of Andriushchenko et al. (ICML 2023).
+    `LogitNormalized` makes it the variant of Andriushchenko et al. (ICML 2023).
 
     Args:
         rho: radius > 0.
         norm: p, 2 or infinity (in YAML `.inf`).
-        steps: of the ascent, >= 1.
+        steps: of each ascent, >= 1.
         m: as for `SamSharpness`.
+        restarts: ascents, >= 1.
     """
 
-    def __init__(self, rho: float = 0.01, norm: float = math.inf, steps: int = 20, m: int | None = None) -> None:
+    source = "Kwon et al., ICML 2021"
+    invariant = PER_WEIGHT
+
+    def __init__(
+        self, rho: float = 0.01, norm: float = math.inf, steps: int = 20, m: int | None = None, restarts: int = 2
+    ) -> None:
         require_range("rho", rho, low=0, low_open=True)
-        require_range("steps", steps, low=1)
-        if m is not None:
-            require_range("m", m, low=1)
+        _require_search(steps, m, restarts)
         if norm not in (2, math.inf):
             raise UserError(f"norm must be 2 or infinity (in YAML .inf), got {norm!r}.")
-        self.rho, self.norm, self.steps, self.m = rho, norm, steps, m
+        self.rho, self.norm, self.steps, self.m, self.restarts = rho, norm, steps, m, restarts
 
     def __call__(self, surface: LossSurface) -> Reading:
-        """Rise of the loss, in nats; the standard error is over groups."""
+        """Rise of the loss, in nats; with groups, the standard error is over these."""
         sizes = {name: w.abs() for name, w in surface.weights.items()}
         where: Neighbourhood = Ellipsoid(sizes, self.rho)
         if self.norm == math.inf:
             where = Box({name: self.rho * size for name, size in sizes.items()})
-        return _grouped(surface, where, self.steps, self.m)
+        return _grouped(surface, where, self.steps, self.m, self.restarts)
 
 
-def _grouped(surface: LossSurface, where: Neighbourhood, steps: int, m: int | None) -> Reading:
+class FirstOrderFlatness(Measure):
+    """rho * max |gradient of L at w + nu|_2 over |nu|_2 <= rho (Zhang et al., CVPR 2023: gradient-norm aware, GAM).
+
+    Ascent on the gradient's norm, whose own gradient is H g / |g|; one product per step.
+
+    Args:
+        rho: radius > 0.
+        steps: of each ascent, >= 1.
+        restarts: ascents, >= 1.
+    """
+
+    source = "Zhang et al., CVPR 2023"
+    losses = ("clean", "frozen")
+
+    def __init__(self, rho: float = 0.1, steps: int = 10, restarts: int = 2) -> None:
+        require_range("rho", rho, low=0, low_open=True)
+        require_range("steps", steps, low=1)
+        require_range("restarts", restarts, low=1)
+        self.rho, self.steps, self.restarts = rho, steps, restarts
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """Rho times the largest norm found, in nats."""
+        sphere = Ellipsoid({name: torch.ones_like(w) for name, w in surface.weights.items()}, self.rho)
+        found = torch.tensor([self._ascent(surface, sphere, r) for r in range(self.restarts)], dtype=torch.float64)
+        at_w = _norm(surface.slope()[1])
+        spread = self.rho * float(found.std()) if self.restarts > 1 else math.nan
+        return Reading(self.rho * max(float(found.max()), at_w), spread, {"gradient_norm": at_w})
+
+    def _ascent(self, surface: LossSurface, sphere: Ellipsoid, restart: int) -> float:
+        """Largest norm of the gradient on one ascent."""
+        drawn = sphere.scaled(random_direction(surface.weights, surface.generator("gradient ascent", restart)))
+        nu = {name: _FIRST * step for name, step in drawn.items()}
+        best, best_norm, best_uphill, share = nu, -math.inf, nu, 2.0
+        for _ in range(self.steps):
+            norm, uphill = surface.gradient_norm_slope(nu)
+            if norm > best_norm:
+                best, best_norm, best_uphill = nu, norm, uphill
+            else:
+                share /= 2
+            move = sphere.steepest(best_uphill)
+            nu = sphere.project({name: step + share * move[name] for name, step in best.items()})
+        return max(best_norm, _norm(surface.slope(nu)[1]))
+
+
+class PacBayesWorstCase(Measure):
+    """1 / alpha^2 for the largest alpha at which no |nu_i| <= alpha raises the error by more than `rise`.
+
+    The sharpness bound of Jiang et al. (ICLR 2020). The error has no gradient: the ascent is on the loss, and the
+    largest error on its way counts. Magnitude-aware: |nu_i| <= alpha |w_i| + floor.
+
+    Args:
+        rise: of the error, in (0, 1).
+        steps: of the ascent at each alpha, >= 1.
+        bisections: halvings of the interval of log alpha, >= 1.
+        low, high: the interval that alpha is searched in.
+        magnitude_aware, floor: see above.
+    """
+
+    source = "Jiang et al., ICLR 2020"
+    open = frozenset({TEMPERATURE})
+
+    def __init__(
+        self,
+        rise: float = 0.1,
+        *,
+        steps: int = 10,
+        bisections: int = 12,
+        low: float = 1e-6,
+        high: float = 1.0,
+        magnitude_aware: bool = False,
+        floor: float = 1e-3,
+    ) -> None:
+        require_range("rise", rise, low=0, high=1, low_open=True, high_open=True)
+        require_range("steps", steps, low=1)
+        require_range("bisections", bisections, low=1)
+        require_range("low", low, low=0, low_open=True)
+        require_range("high", high, low=low, low_open=True)
+        require_range("floor", floor, low=0)
+        self.rise, self.steps, self.bisections = rise, steps, bisections
+        self.low, self.high, self.magnitude_aware, self.floor = low, high, magnitude_aware, floor
+
+    def __call__(self, surface: LossSurface) -> Reading:
+        """1 / alpha^2; alpha, the interval left, and whether alpha met the end of the search are in the details."""
+        allowed = surface.error() + self.rise
+        low, high = math.log(self.low), math.log(self.high)
+        for _ in range(self.bisections):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._error(surface, math.exp(middle)) <= allowed else (low, middle)
+        at_end = float(low == math.log(self.low) or high == math.log(self.high))
+        alpha = math.exp(low)
+        return Reading(1 / alpha**2, math.nan, {"alpha": alpha, "alpha_above": math.exp(high), "at_end": at_end})
+
+    def _error(self, surface: LossSurface, alpha: float) -> float:
+        """Largest error that a sign ascent meets in the box."""
+        sizes = {n: w.abs() if self.magnitude_aware else torch.ones_like(w) for n, w in surface.weights.items()}
+        floor = self.floor if self.magnitude_aware else 0.0
+        box = Box({name: alpha * size + floor for name, size in sizes.items()})
+        drawn = box.scaled(random_direction(surface.weights, surface.generator("error ascent")))
+        nu = {name: _FIRST * step for name, step in drawn.items()}
+        worst = 0.0
+        for _ in range(self.steps):
+            move = box.steepest(surface.slope(nu)[1])
+            nu = box.project({name: step + move[name] / 2 for name, step in nu.items()})
+            worst = max(worst, surface.error(nu))
+        return worst
+
+
+def _grouped(surface: LossSurface, where: Neighbourhood, steps: int, m: int | None, restarts: int) -> Reading:
     if m is None:
-        return Reading(largest_rise(surface, where, steps))
-    rises, sizes = [], []
+        rise = largest_rise(surface, where, steps, restarts)
+        return Reading(rise.value, rise.spread, example_error=rise.example_error)
+    rises, sizes, spent = [], [], 0.0
     for part in surface.parts(m):
-        rises.append(largest_rise(part, where, steps))
+        rises.append(largest_rise(part, where, steps, restarts).value)
         sizes.append(len(part.labels))
-        surface.passes += part.passes * len(part.labels) // max(len(surface.labels), 1)
+        spent += part.passes * len(part.labels) / len(surface.labels)
+    surface.passes += round(spent)
     values = torch.tensor(rises, dtype=torch.float64)
     shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Reading(float(values @ shares), error, {"groups": float(len(values))})
+
+
+def _require_search(steps: int, m: int | None, restarts: int) -> None:
+    require_range("steps", steps, low=1)
+    require_range("restarts", restarts, low=1)
+    if m is not None:
+        require_range("m", m, low=1)
+
+
+def _norm(slope: Weights) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in slope.values()))
 
 
 def _length(v: Weights) -> Tensor:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from robustflat.models.folded import folded_forward, plain_forward
 from robustflat.models.modes import perturbable
+from robustflat.models.norms import ReBatchNorm
 from robustflat.models.resnet import resnet_tiny
 
 
@@ -85,3 +86,24 @@ def test_a_network_without_batch_norm_is_taken_as_it_is():
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(8, 2)), torch.rand(4, 2, 2, 2)
     weights = {"1.weight": torch.ones(2, 8)}
     assert torch.equal(folded_forward(model, x)(weights, x), functional_call(model, weights, (x,)))
+
+
+@pytest.mark.parametrize("kind", ["torch", "rebn"])
+def test_the_batch_norms_own_parameters_may_be_among_the_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3) if kind == "torch" else ReBatchNorm(3)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), norm, torch.nn.Flatten(), torch.nn.Linear(12, 2)).double()
+    model(torch.rand(8, 2, 4, 4, dtype=torch.float64))
+    model.eval()
+    x = torch.rand(5, 2, 4, 4, dtype=torch.float64)
+    weights = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
+    forward = folded_forward(model, x)
+    ours, plain = forward(weights, x), torch.func.functional_call(model, weights, (x,))
+    assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+    for one, other in zip(
+        *(torch.autograd.grad(z.square().sum(), list(weights.values())) for z in (ours, plain)), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+    for alone in ("1.weight", "1.bias"):
+        some = {alone: weights[alone]}
+        assert torch.allclose(forward(some, x), torch.func.functional_call(model, some, (x,)), rtol=1e-10, atol=1e-12)

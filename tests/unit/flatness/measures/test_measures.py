@@ -14,7 +14,8 @@ from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
 from robustflat.flatness.directions import random_direction
 from robustflat.flatness.measures.average import AdaptiveAverage, LowPassFilter, PacBayesSigma
-from robustflat.flatness.measures.controls import DistanceFromStart, InverseMargin, SpectralNorms, WeightNorm
+from robustflat.flatness.measures.between import DistanceFromStart
+from robustflat.flatness.measures.controls import InverseMargin, SpectralNorms, WeightNorm
 from robustflat.flatness.measures.local import FisherRao, GradientNorm, RelativeFlatness, ScaledTrace
 from robustflat.flatness.measures.measure import SharpnessMeasure, take
 from robustflat.flatness.measures.surface import LossSurface, NormalizedLogits
@@ -195,7 +196,8 @@ def test_controls_are_what_they_are_called() -> None:
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert reading(WeightNorm(), surface) == pytest.approx(float(flat.norm()))
     zeros = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
-    assert reading(DistanceFromStart(zeros), surface) == pytest.approx(float(flat.norm()))
+    anchored = LossSurface(model, x, y, anchors={"start": zeros})
+    assert reading(DistanceFromStart(), anchored) == pytest.approx(float(flat.norm()))
     exact = math.log(float(torch.linalg.svdvals(model[1].weight.detach())[0]))
     assert reading(SpectralNorms(), surface) == pytest.approx(exact)
     z = model(x).detach()

@@ -1,0 +1,83 @@
+"""The measurements of one run, piece by piece: what is stored already is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import robustflat
+from robustflat.apps.build import build
+from robustflat.evaluation.plan import EvaluationPlan
+
+if TYPE_CHECKING:
+    from robustflat.apps.train import Session
+
+RESULTS = "results.json"
+
+
+def measure(session: Session, key: str) -> dict[str, Any]:
+    """Measure every network of a trained run by its evaluation plan, and store each piece as it is found.
+
+    Args:
+        session: the trained run.
+        key: name of the evaluation in results.json (see `apps.train.evaluation_key`).
+
+    Returns:
+        description (one line on how the figures were made), facts (one line on the run), and weights: name ->
+        split -> values, with flatness beside the splits.
+    """
+    config, folder = session.config, session.folder
+    plan: EvaluationPlan = build(config.evaluation)
+    measure_flatness = None if config.flatness is None else build(config.flatness)
+    stored = folder.read_json(RESULTS)
+    results = stored.get(key) if isinstance(stored.get(key), dict) and not config.force else None
+    results = results or {"facts": facts(session), "description": describe(session, plan), "weights": {}}
+    for name, model in session.trainer.networks().items():
+        measured = results["weights"].setdefault(name, {})
+        for piece in _pieces(plan, measure_flatness):
+            if piece in measured:
+                continue
+            with session.console.status(f"measuring {piece} ({name} weights)"):
+                if piece == "flatness":
+                    values = plan.measure_flatness(model, session.dataset, measure_flatness, seed=config.seed)
+                else:
+                    values = plan.measure_split(model, session.dataset, piece, seed=config.seed)
+            measured[piece] = values
+            folder.write_json(RESULTS, {**stored, key: {**results, "complete": False}})
+    results["complete"] = True
+    folder.write_json(RESULTS, {**stored, key: results})
+    session.logger.summary(dict(_flat(results["weights"], "final")))
+    return results
+
+
+def _pieces(plan: EvaluationPlan, measure_flatness: object | None) -> list[str]:
+    pieces = [split for split in ("test", "train") if plan.splits[split] is not None]
+    return [*pieces, "flatness"] if measure_flatness is not None and plan.flatness_split is not None else pieces
+
+
+def facts(session: Session) -> str:
+    """One line on what was trained."""
+    config = session.config
+    return f"{session.name}: {session.trainer.epoch} epochs, seed {config.seed}, weights in {config.trainer.precision}"
+
+
+def describe(session: Session, plan: EvaluationPlan) -> str:
+    """One line on how the figures were made: threat model, intervals, precision, machine, code."""
+    return (
+        f"Threat model {plan.norm}, epsilon {plan.epsilon:.5g}; measured in fp32 on {session.dataset.device} with "
+        f"seed {session.config.seed}; [..] 95 % Wilson interval, +- one standard error; robustflat "
+        f"{robustflat.__version__}, torch {torch.__version__}."
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Leaves of a nested mapping that are numbers, named by their path."""
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found.extend(_flat(value, f"{prefix}/{key}"))
+        elif isinstance(value, int | float) and key != "seconds":
+            found.append((f"{prefix}/{key}", float(value)))
+    return found
