@@ -27,9 +27,9 @@ from robustflat.apps.evaluate import (
     RESULTS,
     _given_or_stored,
     _move_data,
-    _open_folder,
-    _same_data,
     network,
+    open_folder,
+    same_data,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -272,7 +272,7 @@ def opened(
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     keep_freed_memory()
     files = _files(config, run)
-    folder = _open_folder(config, run, files)
+    folder = open_folder(config, run, files)
     facts = provenance(command)
     with closing(folder):
         if run is None:
@@ -287,7 +287,7 @@ def opened(
             store=ResultStore(folder.path / RESULTS),
             console=console,
             facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
-            prefix="" if stored is None or _same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
 
 

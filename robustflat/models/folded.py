@@ -16,6 +16,7 @@ from robustflat.errors import UserError
 from robustflat.models.inference import _LINEAR, BatchNorm, Linear, scale_and_shift
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
+from robustflat.models.norms import ReBatchNorm
 
 WeightsForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(some weights by name, images (B, C, H, W)) -> logits (B, K); other weights are the network's own."""
@@ -70,6 +71,8 @@ class _Fold:
     """How one batch norm acts on the weights of the layer before it: scale per channel, and shift."""
 
     def __init__(self, linear: Linear, norm: BatchNorm, norm_path: str) -> None:
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
         scale, shift = scale_and_shift(norm)
         dtype = linear.weight.dtype
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
