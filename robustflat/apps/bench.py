@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import robustflat
 from robustflat.apps.collect import Origin, rows_of
+from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
 from robustflat.attacks.describe import describe
@@ -28,6 +29,7 @@ from robustflat.evaluation.rows import Row
 from robustflat.evaluation.selection import Score, score
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
+from robustflat.models.passes import PassCounter
 from robustflat.models.precision import precision_of
 from robustflat.rng import generator_for
 from robustflat.store.results import KEY, ResultStore, group_name
@@ -125,11 +127,10 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
             _copy(bench, twin, name, file)
             continue
         label = f"{file.name}: {piece.name} on {piece.split}"
-        start = time.perf_counter()
         with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
-            arrays, details = _measure(bench, file, model, piece)
-        seconds = time.perf_counter() - start
-        made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, "seconds": seconds}
+            arrays, details, spent = _measured(bench, file, model, piece)
+        seconds = spent["seconds"]
+        made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         _write(bench, name, arrays, {**made, **details})
         if seconds > 1:
             bench.console.print(f"{label}: {seconds:.1f} s", markup=False)
@@ -241,6 +242,20 @@ def _selection_arrays(bench: Bench, model: nn.Module, split: str) -> Arrays:
         generator=generator_for(bench.seed, "selection", device=bench.dataset.device),
     )
     return {"clean": clean.logits.numpy(), "logits": runs.numpy(), "labels": clean.labels.numpy()}
+
+
+def _measured(
+    bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece
+) -> tuple[Arrays, dict[str, object], dict[str, float]]:
+    """As `_measure`, and what it cost: batches forward and backward, images forward, seconds, memory."""
+    device = bench.dataset.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with PassCounter().counting(model) as counter:
+        arrays, details = _measure(bench, file, model, piece)
+    spent = {"seconds": time.perf_counter() - start, "peak_memory_mib": peak_memory_mib(device)}
+    return arrays, details, {**counter.passes._asdict(), **spent}
 
 
 def _measure(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> tuple[Arrays, dict[str, object]]:

@@ -23,6 +23,9 @@ from robustflat.apps.messages import complain, user_error_in
 APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
     "evaluate": "evaluate a trained network: errors and losses under attack, flatness, early stopping",
+    "study": "train, evaluate and report all networks of a study",
+    "report": "page and tables of any run folders",
+    "runs": "list, compare and clean up run folders",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 
