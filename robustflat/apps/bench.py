@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
             continue
         label = f"{file.name}: {piece.name} on {piece.split}"
         with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
-            arrays, details, spent = _measured(bench, file, model, piece)
+            (arrays, details), spent = _counted(bench, model, partial(_measure, bench, file, model, piece))
         seconds = spent["seconds"]
         made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         _write(bench, name, arrays, {**made, **details})
@@ -221,9 +222,9 @@ def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkF
         require_sound_network(bench, file, model)
         _forget_other_weights(bench, file, weights)
         with bench.console.status(f"{file.name}: {SELECTION} on {split}"):
-            arrays = _selection_arrays(bench, model, split)
+            arrays, spent = _counted(bench, model, partial(_selection_arrays, bench, model, split))
         piece = Piece("attacks", "selection", split, SELECTION)
-        attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights}
+        attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         bench.store.write(name, arrays, {**attrs, "attack": settings["attack"], "runs": rule.restarts})
     arrays = bench.store.read(name).arrays
     return score(*(torch.from_numpy(arrays[part]) for part in ("clean", "logits", "labels")))
@@ -244,18 +245,19 @@ def _selection_arrays(bench: Bench, model: nn.Module, split: str) -> Arrays:
     return {"clean": clean.logits.numpy(), "logits": runs.numpy(), "labels": clean.labels.numpy()}
 
 
-def _measured(
-    bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece
-) -> tuple[Arrays, dict[str, object], dict[str, float]]:
-    """As `_measure`, and what it cost: batches forward and backward, images forward, seconds, memory."""
+Result = TypeVar("Result")
+
+
+def _counted(bench: Bench, model: nn.Module, work: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
+    """Do something, and what it cost: batches forward and backward, images forward, seconds, memory."""
     device = bench.dataset.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with PassCounter().counting(model) as counter:
-        arrays, details = _measure(bench, file, model, piece)
-    spent = {"seconds": time.perf_counter() - start, "peak_memory_mib": peak_memory_mib(device)}
-    return arrays, details, {**counter.passes._asdict(), **spent}
+        result = work()
+    seconds, memory = time.perf_counter() - start, peak_memory_mib(device)
+    return result, {**counter.passes._asdict(), "seconds": seconds, "peak_memory_mib": memory}
 
 
 def _measure(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> tuple[Arrays, dict[str, object]]:

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from robustflat.apps.build import choose_device
 from robustflat.apps.check import require_valid
-from robustflat.apps.config import identity, register
+from robustflat.apps.config import identity, register, resolved
 from robustflat.apps.evaluate import evaluate
 from robustflat.apps.records import NOTE
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, write_text
 from robustflat.apps.study_file import Experiment
-from robustflat.apps.study_runs import EVALUATED, Pass, completed, completed_pass, pass_key
+from robustflat.apps.study_runs import EVALUATED, Pass, completed, completed_pass, pass_key, seed_of
 from robustflat.apps.train import draw_curves, remove_if_empty, trained
 from robustflat.errors import UserError
 
@@ -90,9 +90,9 @@ class StudyJob:
         experiment = self.experiments[folder.name]
         note(folder, self.study, experiment, "")
         done = completed(folder)
+        plain = OmegaConf.create(resolved(config))
         for one in self.passes:
-            made = completed_pass(one, config, experiment.part)
-            key = pass_key(made)
+            key = pass_key(completed_pass(one, plain, experiment.part), seed=seed_of(one, config.seed))
             if key in done:
                 continue
             asked = one.config.copy()

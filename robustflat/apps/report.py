@@ -91,7 +91,7 @@ def study_page(title: str, question: str, records: Sequence[RunRecord], more: di
     allowed = [f.name for f in fields(Study) if f.name not in ("title", "question", "runs")]
     for key in more:
         require_one_of("A field of report", key, allowed)
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in more.items()}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in more.items()}
     return Study(title=title, question=question, runs=list(records), **plain)
 
 
@@ -148,7 +148,7 @@ def as_markdown(records: Sequence[RunRecord]) -> str:
 def _write_page(study: Study, path: Path) -> bool:
     """Write the page if this installation has the module that draws it."""
     try:
-        from robustflat.reporting.page import write_report  # type: ignore[import-not-found,unused-ignore]
+        from robustflat.reporting.page import write_report  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ModuleNotFoundError:
         return False
     write_report(study, path)

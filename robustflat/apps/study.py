@@ -16,15 +16,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from robustflat.apps.build import build
 from robustflat.apps.config import _safe_name
 from robustflat.apps.job import Outcome, StudyJob
 from robustflat.apps.launch import launch, launcher_overrides, parallel
-from robustflat.apps.messages import complain
-from robustflat.apps.records import failed_record, headline, read_record
+from robustflat.apps.messages import complain, wide_console
+from robustflat.apps.records import failed_record, read_record
 from robustflat.apps.report import study_page, summary_table, write_pages
+from robustflat.apps.runs import listing
 from robustflat.apps.study_file import StudyFile, read_study
 from robustflat.apps.study_progress import watched
 from robustflat.apps.study_runs import StudyRun, compose_passes, expand
@@ -62,7 +62,7 @@ def job(config: DictConfig) -> None:
         config: the composed configuration.
     """
     hydra_config = HydraConfig.get()
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = wide_console()
     try:
         name = _safe_name(str(hydra_config.runtime.choices.get("study") or "study"))
         failed = run_study(config, name, hydra_overrides=list(hydra_config.overrides.hydra), console=console)
@@ -96,10 +96,12 @@ def run_study(
     study = study_of(config, name)
     trusted = [f"trusted_packages=[{','.join(config.trusted_packages)}]"] if config.trusted_packages else []
     outputs = str(config.outputs)
-    passes = compose_passes(study, [*config.evaluation_overrides, *trusted])
+    console.print(f"[bold]{study.title}[/bold]" + (f"\n{study.question}" if study.question else ""))
     extra = [*config.overrides, *trusted, f"logger={config.logger}"]
     extra += [f"outputs={outputs}"] if outputs != StudyRoot.outputs else []
-    runs = expand(study, passes, extra)
+    with console.status(f"checking {len(study.experiments)} experiments"):
+        passes = compose_passes(study, [*config.evaluation_overrides, *trusted])
+        runs = expand(study, passes, extra)
     waiting = [run for run in runs if not run.complete()] if config.train else []
     _announce(study, runs, waiting, console)
     outcomes: dict[Path, Outcome] = {}
@@ -110,7 +112,7 @@ def run_study(
         with watched(runs, console):
             outcomes = launch(waiting, task, launcher, outputs, own)
     records = [record_of(run, outcomes.get(run.folder)) for run in runs]
-    console.print(overview(records))
+    console.print(listing(records))
     page = study_page(study.title, study.question, records, dict(study.report))
     written = write_pages(page, Path(outputs) / FOLDER / name)
     log_table(config, name, summary_table(records))
@@ -165,26 +167,8 @@ def failures(failed: Sequence[tuple[StudyRun, str]]) -> str:
 
 
 def _announce(study: StudyFile, runs: Sequence[StudyRun], waiting: Sequence[StudyRun], console: Console) -> None:
-    console.print(f"[bold]{study.title}[/bold]" + (f"\n{study.question}" if study.question else ""))
     trained = sum(run.trained() for run in runs)
     console.print(
         f"{len(study.experiments)} experiments x {len(study.seeds)} seeds = {len(runs)} runs: {len(runs) - trained} to "
         f"train, {len(waiting)} to evaluate, {len(runs) - len(waiting)} left as they are"
     )
-
-
-def overview(records: Sequence[RunRecord]) -> Table:
-    """One line a run: errors and losses under attack, gaps, flatness."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    rows = [headline(record) for record in records]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table.add_column("")
-    table.add_column("seed", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for record, row in zip(records, rows, strict=True):
-        seed = "" if record.seed is None else str(record.seed)
-        state = "" if record.status == "done" else f"[yellow]{record.status}[/yellow]"
-        table.add_row(record.label, seed, *(row.get(column, "") for column in columns), state)
-    return table

@@ -134,8 +134,8 @@ def _texts(value: object, where: str) -> tuple[str, ...]:
 
 
 def _seeds(value: object, where: str) -> tuple[int, ...]:
-    seeds = [value] if isinstance(value, int) else value
-    whole = isinstance(seeds, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:  # type: ignore[arg-type,type-var]
+    listed = [value] if isinstance(value, int) else value
+    seeds = [s for s in listed if isinstance(s, int) and s >= 0] if isinstance(listed, Sequence) else []
+    if not seeds or len(set(seeds)) < len(seeds) or seeds != list(listed):  # type: ignore[call-overload]
         raise UserError(f"{where} must be a list of different whole numbers >= 0 such as [0, 1, 2], got {value!r}.")
-    return tuple(seeds)  # type: ignore[arg-type]
+    return tuple(seeds)

@@ -149,63 +149,76 @@ def _runs(study: StudyFile, experiment: Experiment, passes: Sequence[Pass], extr
     where = f"experiment '{experiment.name}'"
     config = _composed("train", [*overrides], where)
     try:
-        require_right(config, passes, experiment.part)
+        evaluations = checked(OmegaConf.create(resolved(config)), passes, experiment.part)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     for seed in study.seeds:
         config.seed = seed
-        values = _without_hydra(config)
-        completed_passes = [completed_pass(p, values, experiment.part) for p in passes]
         yield StudyRun(
             experiment,
             seed,
             Path(config.outputs) / run_name(config) / run_id(config),
             (*overrides, f"seed={seed}"),
             int(config.trainer.epochs),
-            tuple(pass_key(p) for p in completed_passes),
-            sum(_pieces(p) for p in completed_passes),
+            tuple(pass_key(made, seed=seed_of(one, seed)) for one, made in zip(passes, evaluations, strict=True)),
+            sum(_pieces(one) for one in evaluations),
         )
 
 
-def require_right(config: DictConfig, passes: Sequence[Pass], part: str) -> None:
-    """Check a training configuration and what the evaluations make of it.
+def checked(train: DictConfig, passes: Sequence[Pass], part: str) -> list[DictConfig]:
+    """The evaluations of a run, after a check of these and of the configuration of its training.
+
+    Args:
+        train: resolved configuration of the training, without Hydra's node.
+        passes: evaluations.
+        part: which network of the run.
 
     Raises:
         UserError: with all problems of the first of them that has any.
     """
-    values = _without_hydra(config)
-    problems = check(values)
+    problems = check(train)
     if problems:
         raise UserError("; ".join(problems))
-    values.device = choose_device(values.device)
-    check_together(values)
-    for one in passes:
+    train.device = choose_device(train.device)
+    check_together(train)
+    made = [completed_pass(one, train, part) for one in passes]
+    for one, config in zip(passes, made, strict=True):
         try:
-            require_sound(completed_pass(one, values, part))
+            require_sound(config)
         except UserError as error:
             raise UserError(f"evaluation '{one.name}': {error}") from error
+    return made
 
 
 def completed_pass(one: Pass, train: DictConfig, part: str) -> DictConfig:
-    """The configuration of an evaluation of one run: data, network and seed are those of its training.
+    """The resolved configuration of an evaluation of one run: data, network and seed are those of its training.
 
     Args:
         one: the evaluation.
-        train: configuration of the training, without Hydra's node.
+        train: resolved configuration of the training, without Hydra's node.
         part: which network of the run.
     """
     config = one.config.copy()
     OmegaConf.set_struct(config, False)
-    stored = OmegaConf.create(resolved(train))
-    complete(config, stored, dict(one.choices))
+    complete(config, train, dict(one.choices))
     config.part = part
     config.device = train.device
-    return config
+    return OmegaConf.create(resolved(config))
 
 
-def pass_key(completed: DictConfig) -> str:
-    """Digest of everything in an evaluation that changes its values or adds to them."""
-    values = resolved(completed)
+def seed_of(one: Pass, training: int) -> int:
+    """Seed of an evaluation: its own if the study file gives one, else that of the training."""
+    return training if one.config.seed is None else int(one.config.seed)
+
+
+def pass_key(made: DictConfig, *, seed: int) -> str:
+    """Digest of everything in an evaluation that changes its values or adds to them.
+
+    Args:
+        made: from `completed_pass`, maybe for another seed.
+        seed: of the evaluation, see `seed_of`.
+    """
+    values = {**resolved(made), "seed": seed}
     kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE}
     dataset = dict(kept.get("dataset") or {})
     source = {k: v for k, v in dict(dataset.get("source") or {}).items() if k not in ("root", "download", "cache")}

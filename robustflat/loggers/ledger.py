@@ -33,6 +33,8 @@ class LedgerLogger(Null):
         self.path = Path(path)
         self._read = read
         self._book: dict[str, dict[str, float]] = {}
+        self._before: dict[str, float] = {}
+        self._start = 0.0
         self._mark()
 
     def rewind(self, step: int) -> None:
