@@ -31,7 +31,6 @@ class ReportRoot:
     title: str = "Robust generalisation and flatness"
     question: str = "Do networks with flatter robust loss have lower robust loss on test examples?"
     report: dict[str, Any] = field(default_factory=dict)
-    logger: str = "jsonl"
 
 
 ConfigStore.instance().store(name="report_root", node=ReportRoot)

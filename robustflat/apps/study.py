@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -45,7 +44,7 @@ class StudyRoot:
     evaluation_overrides: list[str] = field(default_factory=list)
     jobs: int | None = None
     train: bool = True
-    logger: str = "jsonl"
+    logger: Any = None
     outputs: str = "outputs"
     trusted_packages: list[str] = field(default_factory=list)
 
@@ -61,11 +60,12 @@ def job(config: DictConfig) -> None:
     Args:
         config: the composed configuration.
     """
-    hydra_config = HydraConfig.get()
+    context = HydraConfig.get()
     console = wide_console()
     try:
-        name = _safe_name(str(hydra_config.runtime.choices.get("study") or "study"))
-        failed = run_study(config, name, hydra_overrides=list(hydra_config.overrides.hydra), console=console)
+        name = _safe_name(str(context.runtime.choices.get("study") or "study"))
+        command, own = list(context.overrides.task), list(context.overrides.hydra)
+        failed = run_study(config, name, command=command, hydra_overrides=own, console=console)
     except UserError as error:
         complain(str(error))
         sys.exit(1)
@@ -75,13 +75,14 @@ def job(config: DictConfig) -> None:
 
 
 def run_study(
-    config: DictConfig, name: str, *, hydra_overrides: Sequence[str], console: Console
+    config: DictConfig, name: str, *, command: Sequence[str], hydra_overrides: Sequence[str], console: Console
 ) -> list[tuple[StudyRun, str]]:
     """Everything that one command asks for.
 
     Args:
         config: composed configuration.
         name: of the study.
+        command: what the user gave; what is about the logger holds for all runs.
         hydra_overrides: what the user gave for Hydra itself, the launcher above all.
         console: where progress and the table go.
 
@@ -96,8 +97,9 @@ def run_study(
     study = study_of(config, name)
     trusted = [f"trusted_packages=[{','.join(config.trusted_packages)}]"] if config.trusted_packages else []
     outputs = str(config.outputs)
+    logger_overrides = [text for text in command if text.lstrip("+~").startswith("logger")]
     console.print(f"[bold]{study.title}[/bold]" + (f"\n{study.question}" if study.question else ""))
-    extra = [*config.overrides, *trusted, f"logger={config.logger}"]
+    extra = [*config.overrides, *trusted, *logger_overrides]
     extra += [f"outputs={outputs}"] if outputs != StudyRoot.outputs else []
     with console.status(f"checking {len(study.experiments)} experiments"):
         passes = compose_passes(study, [*config.evaluation_overrides, *trusted])
@@ -127,8 +129,7 @@ def _sets_threads(runs: Sequence[StudyRun]) -> bool:
 
 def log_table(config: DictConfig, name: str, table: pd.DataFrame) -> None:
     """Give the study's table to loggers that take tables, such as Weights & Biases."""
-    node = hydra.compose("train", [*config.overrides, f"logger={config.logger}"]).logger
-    made = build(node)
+    made = build(config.logger)
     if isinstance(made, functools.partial) and made.func is WandbLogger:
         folder = Path(str(config.outputs)) / FOLDER / name
         logger = made(name=f"study {name}", group=name, folder=folder)

@@ -58,7 +58,7 @@ Study = Callable[..., Answer]
 def configured(folder: Path) -> list[str]:
     """Write the study file into a folder; the arguments that find it."""
     (folder / "conf" / "study").mkdir(parents=True, exist_ok=True)
-    (folder / "conf" / "study" / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "conf" / "study" / "tiny.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return ["--config-dir", str(folder / "conf"), "study=tiny"]
 
 
@@ -232,7 +232,7 @@ def test_the_table_goes_to_wandb_when_it_is_the_logger(cli, done, monkeypatch):
 
 
 def test_wrong_experiments_are_named_before_anything_starts(cli, tmp_path):
-    arguments = [*configured(tmp_path), "+study.experiments.typo.overrides=[trainer=tades]"]
+    arguments = [*configured(tmp_path), "+study.experiments.typo.overrides=['trainer=tades']"]
     answer = cli("study", *arguments)
     assert answer.code == 1
     assert "1 of 4 experiments cannot be run" in answer.err
