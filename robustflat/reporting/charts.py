@@ -59,10 +59,11 @@ def _points(item: Points) -> Any:
         name=_safe(item.name),
         hovertext=[_safe(label) for label in item.labels],
         hoverinfo="text" if item.labels else "x+y",
+        customdata=list(item.tags) or None,
         error_x=_error(item.x_error),
         error_y=_error(item.y_error),
         line={"width": 1.5, "dash": "solid"},
-        marker={"symbol": SYMBOLS[item.style.shape % len(SYMBOLS)], "size": 14 if item.large else 9},
+        marker={"symbol": SYMBOLS[item.style.shape % len(SYMBOLS)], "size": 9},
         meta={"colour": _token(item.style), "edge": PAGE},
     )
 

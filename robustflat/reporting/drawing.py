@@ -36,7 +36,7 @@ def style_of(index: int) -> Style:
 
 @dataclass(frozen=True)
 class Points:
-    """Marked points with one standard error; `labels`, one for each, show under the pointer."""
+    """Marked points with one standard error; one label each shows under the pointer, one tag each can be searched."""
 
     name: str
     x: tuple[float, ...]
@@ -46,7 +46,7 @@ class Points:
     x_error: tuple[float, ...] = ()
     y_error: tuple[float, ...] = ()
     joined: bool = False
-    large: bool = False
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _points(item: Points, axes: Axes) -> None:
         errors["yerr"] = np.nan_to_num(item.y_error)
     axes.errorbar(
         item.x, item.y, **errors, color=_colour(item.style), label=_label(item.name), elinewidth=0.7,
-        marker=_MARKERS[item.style.shape % len(_MARKERS)], markersize=10 if item.large else 5,
+        marker=_MARKERS[item.style.shape % len(_MARKERS)], markersize=5,
         markeredgecolor="white", markeredgewidth=0.5, linestyle="-" if item.joined else "none", linewidth=1.2,
     )  # fmt: skip
 

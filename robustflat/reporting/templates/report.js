@@ -1,8 +1,8 @@
 "use strict";
 (() => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
+  const rows = JSON.parse(document.getElementById("rows").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const printing = matchMedia("print");
   const root = document.documentElement;
   const PAPER_WIDTH = 640;
   let tables = [];
@@ -71,10 +71,12 @@
     const { jQuery } = await import(await dataUrl(source));
     for (const table of document.querySelectorAll("table[data-table]")) {
       const filters = "filters" in table.dataset;
-      const long = table.tBodies[0].rows.length > 10;
+      const data = "deferred" in table.dataset ? rows[table.dataset.table] : undefined;
+      const long = (data || table.tBodies[0].rows).length > 10;
       tables.push(
         jQuery(table).DataTable({
           order: [],
+          ...(data ? deferred(data, table) : {}),
           autoWidth: false,
           pageLength: 25,
           lengthMenu: [10, 25, 50, 100, { label: "all", value: -1 }],
@@ -92,6 +94,20 @@
       );
       await breathe();
     }
+  }
+
+  // Cells are pairs of what is shown and what is sorted by; they are put in as text, never as HTML.
+  function deferred(data, table) {
+    const escape = (text) => text.replace(/[&<>"']/g, (sign) => "&#" + sign.charCodeAt(0) + ";");
+    return {
+      data,
+      deferRender: true,
+      columns: [...table.tHead.rows[0].cells].map((head, index) => ({
+        data: index,
+        className: head.classList.contains("number") ? "number" : "",
+        render: (cell, type) => (type === "display" ? escape(cell[0]) : cell[1]),
+      })),
+    };
   }
 
   function dataUrl(source) {
@@ -128,7 +144,7 @@
 
   dark.addEventListener("change", () => redrawAll());
   addEventListener("beforeprint", () => {
-    tables.forEach((table) => table.page.len(-1).draw());
+    tables.filter((table) => table.rows().count() <= 500).forEach((table) => table.page.len(-1).draw());
     redrawAll(true);
   });
   addEventListener("afterprint", () => {
