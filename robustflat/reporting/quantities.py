@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from robustflat.errors import UserError
+from robustflat.reporting import columns as named_columns
 from robustflat.reporting.records import RunRecord, Study
 
 GROUPS = ("good", "average", "poor", "worse")
@@ -17,6 +18,8 @@ GROUPS = ("good", "average", "poor", "worse")
 
 PERCENTILES = (0.3, 0.7)
 """Where groups end if a study does not say it (Stutz et al.: about these percentiles)."""
+
+TEST, TRAIN = "test", "train"
 
 _CLASS = re.compile(r"error_class_(\d+)$")
 
@@ -27,30 +30,30 @@ class Quantity:
 
     Attributes:
         key: column of `run_frame`.
-        name: as on axes and in headings, with its unit.
-        kind, measure, metric, split: of the rows that hold it.
-        stopped: of the early-stopped snapshot instead of the study's checkpoint.
+        title: as on axes and in headings, with its unit.
+        name: as `columns.quantity` reads it.
         scale: factor between table and page: 100 for errors in percent.
     """
 
     key: str
+    title: str
     name: str
-    kind: str
-    measure: str
-    metric: str
-    split: str
-    stopped: bool = False
     scale: float = 1.0
+
+    def row(self, run: RunRecord) -> pd.Series | None:
+        """The row of a run's table that holds the number, the last if there are several; None without one."""
+        rows = named_columns.quantity(self.name).rows(run)
+        return None if rows.empty else rows.iloc[-1]
 
 
 @dataclass(frozen=True)
 class _Part:
     """How to find a quantity: wanted rows, and the part that decides the name of its attack or measure."""
 
-    name: str
+    title: str
     kind: str
     metric: str
-    split: str = "test"
+    split: str = TEST
     role: str = ""
     stopped: bool = False
 
@@ -81,9 +84,9 @@ _FLATNESS_WORDS = {
 
 
 def all_rows(study: Study) -> pd.DataFrame:
-    """The tidy rows of all runs under each other, with the column "run", the position in `study.runs`."""
-    tables = [run.table.assign(run=position) for position, run in enumerate(study.runs) if len(run.table)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
+    """The tidy rows of all runs under each other, with the label of their run; empty if there are none."""
+    tables = [run.table.assign(label=run.label) for run in study.runs if len(run.table)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def quantities(study: Study) -> dict[str, Quantity]:
@@ -102,30 +105,17 @@ def quantities(study: Study) -> dict[str, Quantity]:
     if unknown:
         allowed = ", ".join(sorted({part.role for part in _PARTS.values() if part.role}))
         raise UserError(f"Study.measures has no part {', '.join(sorted(unknown))}. Allowed: {allowed}.")
-    found = {}
-    for key, part in _PARTS.items():
-        quantity = _found(study, rows, key, part)
-        if quantity is not None:
-            found[key] = quantity
-    return found
+    found = {key: _found(study, rows, key, part) for key, part in _PARTS.items()}
+    return {key: quantity for key, quantity in found.items() if quantity is not None}
 
 
 def _found(study: Study, rows: pd.DataFrame, key: str, part: _Part) -> Quantity | None:
     kept = rows[(rows["kind"] == part.kind) & (rows["metric"] == part.metric)]
     measure = _measure(study, kept, part.role) if part.role else "clean"
-    kept = kept[kept["measure"] == measure]
-    splits = kept["split"].astype("string").fillna("")
-    kept = kept[splits.str.startswith(part.split) & ~splits.str.contains(" - ", regex=False)]
-    if part.stopped:
-        kept = kept[
-            [study.runs[run].early_stopped == c for run, c in zip(kept["run"], kept["checkpoint"], strict=True)]
-        ]
-    else:
-        kept = kept[kept["checkpoint"] == study.checkpoint]
-    if kept.empty:
-        return None
-    scale = 100.0 if part.metric.endswith("error") else 1.0
-    return Quantity(key, part.name, part.kind, measure, part.metric, _commonest(kept["split"]), part.stopped, scale)
+    checkpoint = "early_stopped" if part.stopped else study.checkpoint
+    name = f"{measure} {part.metric} ({part.split}) @{checkpoint}"
+    quantity = Quantity(key, part.title, name, 100.0 if part.metric.endswith("error") else 1.0)
+    return quantity if measure and any(quantity.row(run) is not None for run in study.runs) else None
 
 
 def _measure(study: Study, rows: pd.DataFrame, role: str) -> str:
@@ -151,69 +141,76 @@ def _commonest(names: pd.Series[str]) -> str:
     return str(counts.idxmax()) if len(counts) else ""
 
 
-def pick(study: Study, quantity: Quantity) -> pd.DataFrame:
-    """The rows that hold a quantity, at most one for each run, indexed by the run's position; the last counts."""
+def measures_of(study: Study) -> list[Quantity]:
+    """All flatness measures that some run has, on test and on training examples, in the order of the tables."""
     rows = all_rows(study)
-    same = [rows[name] == getattr(quantity, name) for name in ("kind", "measure", "metric", "split")]
-    kept = rows[pd.concat(same, axis=1).fillna(False).all(axis=1)]
-    wanted = [_checkpoint(study, study.runs[run], quantity) for run in kept["run"]]
-    kept = kept[[str(have) == want for have, want in zip(kept["checkpoint"], wanted, strict=True)]]
-    return kept.drop_duplicates("run", keep="last").set_index("run")
+    if rows.empty:
+        return []
+    kept = rows[(rows["metric"] == "flatness") & (rows["checkpoint"] == study.checkpoint)]
+    found = []
+    for split in (TEST, TRAIN):
+        for measure in dict.fromkeys(kept["measure"].dropna()):
+            name = f"{measure} flatness ({split}) @{study.checkpoint}"
+            quantity = Quantity(f"{measure} {split}", f"{measure}, {split}", name)
+            if any(quantity.row(run) is not None for run in study.runs):
+                found.append(quantity)
+    return found
 
 
-def _checkpoint(study: Study, run: RunRecord, quantity: Quantity) -> str:
-    return run.early_stopped if quantity.stopped else study.checkpoint
-
-
-def run_frame(study: Study) -> pd.DataFrame:
-    """One line for each run: run_id, experiment, label, family, seed, status, and for every quantity key, key_se.
+def run_frame(study: Study, wanted: Sequence[Quantity]) -> pd.DataFrame:
+    """One line for each run: run_id, experiment, label, family, seed, status, group, and key, key_stderr of quantities.
 
     Errors are in percent, losses and flatness in nats; gap_robust_loss and gap_robust_error are test minus train.
-    Missing numbers are NaN.
+    Numbers that are missing or not finite are NaN.
     """
-    runs = study.runs
-    frame = pd.DataFrame(
-        {name: [getattr(run, name) for run in runs] for name in ("run_id", "experiment", "label", "family", "status")},
-        dtype="object",
-    )
-    frame["seed"] = pd.array([run.seed for run in runs], dtype="Int64")
-    for quantity in quantities(study).values():
-        rows = pick(study, quantity)
-        for column, source in ((quantity.key, "value"), (f"{quantity.key}_se", "stderr")):
-            values = rows[source].astype("float64").replace([math.inf, -math.inf], math.nan)
-            frame[column] = (values * quantity.scale).reindex(frame.index)
+    numbered = {f"q{i}": quantity for i, quantity in enumerate(wanted)}
+    read = named_columns.columns(study.runs, **{column: quantity.name for column, quantity in numbered.items()})
+    made = {name: read[name] for name in named_columns.IDENTITY}
+    made["status"] = pd.Series([run.status for run in study.runs], dtype="str")
+    for column, quantity in numbered.items():
+        for ending in ("", "_stderr"):
+            values = read[column + ending].replace([math.inf, -math.inf], math.nan)
+            made[quantity.key + ending] = values * quantity.scale
     for metric in ("robust_loss", "robust_error"):
-        if {metric, f"train_{metric}"} <= set(frame):
-            frame[f"gap_{metric}"] = frame[metric] - frame[f"train_{metric}"]
-            frame[f"gap_{metric}_se"] = (frame[f"{metric}_se"] ** 2 + frame[f"train_{metric}_se"] ** 2) ** 0.5
-    return frame
+        if {metric, f"train_{metric}"} <= set(made):
+            made[f"gap_{metric}"] = made[metric] - made[f"train_{metric}"]
+            squares = made[f"{metric}_stderr"] ** 2 + made[f"train_{metric}_stderr"] ** 2
+            made[f"gap_{metric}_stderr"] = squares**0.5
+    frame = pd.DataFrame(made)
+    errors = made.get("robust_error", pd.Series(math.nan, index=frame.index, dtype="float64"))
+    edges = group_edges(study, errors)
+    return frame.assign(group=[group_of(float(error), edges) for error in errors])
 
 
-def model_frame(study: Study) -> pd.DataFrame:
+def model_frame(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     """One line for each label: mean over its seeds, standard error over seeds, or that of the evaluation with one seed.
 
-    Columns as in `run_frame` without run_id, experiment, seed and status, and seeds (their number), group.
+    Args:
+        study: whose groups count.
+        frame: from `run_frame`.
+
+    Returns:
+        label, family, seeds (their number), group, and the numbers of `frame`.
     """
-    frame = run_frame(study)
-    frame = frame[frame["status"] != "failed"]
-    values = [c for c in frame if frame[c].dtype == "float64" and not c.endswith("_se")]
-    lines = []
-    for label, part in frame.groupby("label", sort=False):
-        line = {"label": label, "family": part["family"].iloc[0], "seeds": len(part)}
-        for column in values:
-            known = part[column].dropna()
-            line[column] = known.mean() if len(known) else math.nan
-            alone = part.loc[known.index, f"{column}_se"].iloc[0] if len(known) == 1 else math.nan
-            line[f"{column}_se"] = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else alone
-        lines.append(line)
-    made = pd.DataFrame(lines, columns=["label", "family", "seeds", *(f"{c}{e}" for c in values for e in ("", "_se"))])
-    made["group"] = _groups(study, made)
-    return made
+    values = [str(name) for name in frame if f"{name}_stderr" in frame]
+    lines = [_mean_of(part, values) for _, part in frame.groupby("label", sort=False)]
+    names = [name + ending for name in values for ending in ("", "_stderr")]
+    made = pd.DataFrame(lines, columns=["label", "family", "seeds", *names])
+    errors = made["robust_error"] if "robust_error" in made else pd.Series(math.nan, index=made.index)
+    edges = group_edges(study, frame["robust_error"] if "robust_error" in frame else errors)
+    return made.assign(group=[group_of(float(error), edges) for error in errors])
 
 
-def _groups(study: Study, frame: pd.DataFrame) -> list[str]:
-    errors = frame["robust_error"] if "robust_error" in frame else pd.Series(math.nan, index=frame.index)
-    return [group_of(error, group_edges(study, errors)) for error in errors]
+def _mean_of(part: pd.DataFrame, values: Sequence[str]) -> dict[str, object]:
+    line: dict[str, object] = {"label": part["label"].iloc[0], "family": part["family"].iloc[0], "seeds": len(part)}
+    for name in values:
+        known = part[name].dropna()
+        line[name] = float(known.mean()) if len(known) else math.nan
+        if len(known) > 1:
+            line[f"{name}_stderr"] = float(known.std(ddof=1)) / math.sqrt(len(known))
+        else:
+            line[f"{name}_stderr"] = float(part.loc[known.index[0], f"{name}_stderr"]) if len(known) else math.nan
+    return line
 
 
 def group_edges(study: Study, errors: pd.Series[float]) -> tuple[float, ...]:

@@ -108,10 +108,10 @@ def runs_table(study: Study) -> ReportTable | Missing:
     names = [known[key].name if key in known else _GAPS[key] for key in shown]
     rows = tuple(
         (*(_cell(frame[t].iloc[i], t == "seed") for t in texts),
-         *(_with_error_cell(frame[k].iloc[i], frame[f"{k}_se"].iloc[i]) for k in shown))
+         *(_with_error_cell(frame[k].iloc[i], frame[f"{k}_stderr"].iloc[i]) for k in shown))
         for i in range(len(frame))
     )  # fmt: skip
-    full = frame[[*texts, *(f"{key}{ending}" for key in shown for ending in ("", "_se"))]]
+    full = frame[[*texts, *(f"{key}{ending}" for key in shown for ending in ("", "_stderr"))]]
     numeric = (*(t == "seed" for t in texts), *(True for _ in shown))
     caption = (
         f"{len(frame)} runs. Press a heading to sort; type into the fields to filter, numbers too. ± is one standard "

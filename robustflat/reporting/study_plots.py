@@ -53,7 +53,7 @@ def _text(row: pd.Series[float], keys: list[tuple[str, str]]) -> str:
     if row["group"]:
         lines[1] += f", {row['group']}"
     for key, name in keys:
-        error = row[f"{key}_se"]
+        error = row[f"{key}_stderr"]
         spread = "" if math.isnan(error) else f" ± {error:.2g}"
         short, _, unit = name.partition(" (")
         lines.append(f"{short} {row[key]:.4g}{spread} {unit.removesuffix(')')}".rstrip())
@@ -99,8 +99,8 @@ def _by_group(material: Material, part: pd.DataFrame, x: str, y: str) -> list[It
 
 def _marks(material: Material, name: str, part: pd.DataFrame, x: str, y: str, style: Style, *, joined: bool = False,
            ) -> Points:  # fmt: skip
-    return Points(name, tuple(part[x]), tuple(part[y]), style, material.texts(part, x, y), tuple(part[f"{x}_se"]),
-                  tuple(part[f"{y}_se"]), joined, tuple(part["family"]))  # fmt: skip
+    return Points(name, tuple(part[x]), tuple(part[y]), style, material.texts(part, x, y), tuple(part[f"{x}_stderr"]),
+                  tuple(part[f"{y}_stderr"]), joined, tuple(part["family"]))  # fmt: skip
 
 
 def error_against_loss(material: Material) -> Drawing | Missing:
