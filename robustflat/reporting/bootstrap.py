@@ -118,8 +118,8 @@ def analytic_interval(value: float, *, method: str, n: int, controls: int, confi
     """Interval on the scale of arctanh, where the spread hardly depends on the coefficient.
 
     Standard errors there: Pearson 1 / sqrt(n - 3) (Fisher), Spearman sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright
-    2000), Kendall sqrt(0.437 / (n - 4)) (Fieller, Hartley and Pearson 1957); each control takes one from n. They hold for
-    data that a monotone map of each side makes normal (Pearson: that are normal).
+    2000), Kendall sqrt(0.437 / (n - 4)) (Fieller, Hartley and Pearson 1957); each control takes one from n. They hold
+    for data that a monotone map of each side makes normal (Pearson: that are normal).
     """
     if math.isnan(value):
         return Range(math.nan, math.nan)
@@ -133,7 +133,8 @@ def analytic_interval(value: float, *, method: str, n: int, controls: int, confi
     return Range(math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half))
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True)
+class Units:
     """What is resampled: models, or clusters of models."""
 
     member: NDArray[np.intp]
@@ -146,7 +147,8 @@ class Units(NamedTuple):
 
     def without_one(self) -> Array:
         """Weights (count, n) that leave out one unit each."""
-        return (self.member[None, :] != np.arange(self.count)[:, None]).astype(np.float64)
+        kept = self.member[None, :] != np.arange(self.count)[:, None]
+        return np.asarray(kept, dtype=np.float64)
 
 
 def over_units(kernel: Kernel, x: Array, y: Array, units: Units, settings: Resampling) -> tuple[Array, Array]:

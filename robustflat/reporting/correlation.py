@@ -1,8 +1,8 @@
 """Correlation between two quantities of the same models, with intervals that hold for a dozen models.
 
 Everything of the statistics is importable from here. `correlation` is for two columns; `partial_correlation`,
-`within_family`, `across_families` and `granulated_kendall` for what a third one explains; `correlation_over_examples` for
-the choice of evaluation examples; `correlation_table` for many measures at once, corrected for their number.
+`within_family`, `across_families` and `granulated_kendall` for what a third one explains; `correlation_over_examples`
+for the choice of evaluation examples; `correlation_table` for many measures at once, corrected for their number.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def correlation(
     """Correlation of two columns with interval and two-sided p-value.
 
     The interval is by default BCa over models (percentiles taken further out for Pearson's r, see
-    `bootstrap.bootstrap_interval`): on simulated normal data of 12 to 74 models all of the offered ones cover 92 to 98 %,
-    and BCa needs no normality. p-values: Student's t (Pearson; Spearman approximately), exact or normal (Kendall).
+    `bootstrap.bootstrap_interval`): on simulated normal data of 12 to 74 models all of the offered ones cover 92 to
+    98 %, and BCa needs no normality. p-values: Student's t (Pearson; Spearman approximately), exact or normal (Kendall).
 
     Args:
         x, y: (n,) values of n models. Models where one is missing or infinite are left out, and the result says so.

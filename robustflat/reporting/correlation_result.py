@@ -88,7 +88,7 @@ def p_text(p: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 model", "3 models", "2 families"."""
+    """Count and noun: 1 model, 3 models, 2 families."""
     if count == 1:
         return f"1 {noun}"
     return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
@@ -102,8 +102,7 @@ def results_table(results: Sequence[Correlation]) -> pd.DataFrame:
     """A line per correlation: y, x, given, method, value, low, high, p, n, units, interval, note, sentence."""
     columns = ["y", "x", "given", "method", "value", "low", "high", "p", "n", "units", "interval", "note", "sentence"]
     lines = [
-        [r.y, r.x, ", ".join(r.given), r.method, r.value, r.low, r.high, r.p, r.n, r.units, r.interval]
-        + [r.why or " ".join(r.cautions), r.sentence()]
-        for r in results
+        (r.y, r.x, ", ".join(r.given), r.method, r.value, r.low, r.high, r.p, r.n, r.units, r.interval, note, str(r))
+        for r, note in ((result, result.why or " ".join(result.cautions)) for result in results)
     ]
     return pd.DataFrame(lines, columns=columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from robustflat.errors import UserError, require_one_of
 from robustflat.reporting.bootstrap import Resampling, bootstrap_interval, counts
 from robustflat.reporting.correlation_result import Correlation
 from robustflat.reporting.estimate import METHODS, NO_SPREAD, TITLES, WORDS, Asked, undefined, value_of
-from robustflat.reporting.kernels import Array
 from robustflat.reporting.paired import Labels, paired
 
 SOURCES = ("examples", "models", "both")
@@ -28,7 +26,7 @@ def correlation_over_examples(
     clusters: Labels | None = None,
     settings: Resampling | None = None,
 ) -> Correlation:
-    """Correlation of two quantities that are means over the same evaluation examples, with their choice in the interval.
+    """Correlation of two quantities that are means over the same evaluation examples, which count in the interval.
 
     Examples are drawn jointly: all models, and both quantities, see the same drawn examples, so what makes an example
     hard for all models does not count as noise.
@@ -58,7 +56,7 @@ def correlation_over_examples(
         )
     unit = "model" if clusters is None else "configuration"
     means = [values.mean(axis=1) if values.shape[1] else np.full(len(values), np.nan) for values in (first, second)]
-    data = paired(*means, names, clusters=clusters, unit=unit)
+    data = paired(means[0], means[1], names, clusters=clusters, unit=unit)
     asked = Asked(METHODS[method], method, TITLES[method], names, settings, unit=unit)
     if data.why:
         return undefined(asked, data, data.why)
@@ -70,7 +68,7 @@ def correlation_over_examples(
     draws, weights = settings.draws(), np.ones((settings.resamples, len(data.x)))
     if over != "examples":
         weights = data.units.weights(settings, draws)
-    drawn: Sequence[Array] = (data.x, data.y)
+    drawn = [data.x, data.y]
     if over != "models":
         share = counts(first.shape[1], settings.resamples, draws) / first.shape[1]
         drawn = [share @ values[data.kept].T for values in (first, second)]
@@ -78,7 +76,7 @@ def correlation_over_examples(
     if over != "examples":
         jackknife = asked.kernel(data.x, data.y, data.units.without_one())
     ends = bootstrap_interval(
-        asked.kernel(*drawn, weights),
+        asked.kernel(drawn[0], drawn[1], weights),
         value,
         units=data.units.count if over != "examples" else first.shape[1],
         settings=settings,
