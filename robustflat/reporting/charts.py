@@ -113,7 +113,7 @@ def _arrows(item: Arrows) -> Any:
     sizes = [6, 11, 0] * len(item.x)
     return go.Scatter(
         x=x, y=y, mode="lines+markers", name=_safe(item.name), hovertext=texts, hoverinfo="text",
-        line={"width": 1.2}, marker={"symbol": ["circle", "arrow", "circle"] * len(item.x), "size": sizes,
+        line={"width": 1.2}, marker={"symbol": ["circle", "arrow", "circle"] * len(item.x), "size": sizes, "opacity": 1,
                                     "angleref": "previous"},
         meta={"colour": _token(item.style)},
     )  # fmt: skip

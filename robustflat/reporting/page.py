@@ -20,8 +20,10 @@ from markupsafe import Markup
 from robustflat import __version__
 from robustflat.errors import UserError
 from robustflat.reporting import figures
+from robustflat.reporting.answer import answer_of
 from robustflat.reporting.charts import chart
 from robustflat.reporting.drawing import DARK, LIGHT, Drawing, Missing
+from robustflat.reporting.findings import findings
 from robustflat.reporting.records import Study
 from robustflat.reporting.report_tables import ReportTable
 from robustflat.reporting.sections import Section, sections_of
@@ -92,11 +94,12 @@ def write_report(study: Study, output: Path | str) -> Path:
     output = Path(output)
     place = _Place(output if output.suffix.lower() in (".html", ".htm") else output / "index.html")
     material = Material(study)
-    parts = sections_of(study, material)
+    found = findings(material)
+    parts = sections_of(material, found)
     context = {
         "title": study.title,
         "question": study.question,
-        "answer": {"paragraphs": [], "numbers": [], "facts": [], "cautions": []},
+        "answer": answer_of(material, found),
         "families": sorted({run.family for run in study.runs}),
         "sections": [_section(part, place) for part in parts],
         "charts": _json({f.key: chart(f)[0] for part in parts for f in part.figures if isinstance(f, Drawing)}),

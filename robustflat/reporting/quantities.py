@@ -197,7 +197,7 @@ def model_frame(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     names = [name + ending for name in values for ending in ("", "_stderr")]
     made = pd.DataFrame(lines, columns=["label", "family", "seeds", *names])
     errors = made["robust_error"] if "robust_error" in made else pd.Series(math.nan, index=made.index)
-    edges = group_edges(study, frame["robust_error"] if "robust_error" in frame else errors)
+    edges = group_edges(study, frame.get("robust_error", errors))
     return made.assign(group=[group_of(float(error), edges) for error in errors])
 
 

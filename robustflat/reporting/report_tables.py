@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.drawing import Missing
-from robustflat.reporting.quantities import pick, quantities, run_frame
-from robustflat.reporting.records import LEDGER_COLUMNS, Study
-
-DASH = "–"
-"""Stands for a number that there is not."""
+from robustflat.reporting.numbers import DASH, number, with_error
+from robustflat.reporting.quantities import Quantity, measures_of, run_frame
+from robustflat.reporting.records import LEDGER_COLUMNS, RunRecord, Study
+from robustflat.reporting.study_plots import Material
 
 _RUN_QUANTITIES = (
     "error", "robust_error", "robust_loss", "train_robust_error", "train_robust_loss", "gap_robust_error",
     "gap_robust_loss", "average", "worst", "average_clean", "worst_clean", "stopped_robust_error",
     "stopped_robust_loss", "stopped_average",
 )  # fmt: skip
-_GAPS = {"gap_robust_loss": "RLoss gap (nats)", "gap_robust_error": "RErr gap (%)"}
 
 _SAID = ("measure", "split", "checkpoint", "epoch", "count", "norm", "epsilon", "radius", "loss", "protocol")
-_SAID_OF_RUN = ("precision", "version", "commit", "key")
+_SAID_OF_RUN = ("precision", "version", "key")
 
 
 @dataclass(frozen=True)
@@ -78,87 +77,69 @@ def _cell(value: object, numeric: bool) -> Cell:
     return Cell(str(value), int(str(value)) if numeric else None)
 
 
-def number(value: float, digits: int = 4) -> str:
-    """Four significant digits without an exponent where that is short; a dash for NaN."""
-    if math.isnan(value):
-        return DASH
-    if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-    return f"{value:.{digits - 1}e}"
-
-
-def with_error(value: float, error: float) -> str:
-    """The value, rounded to two digits of its standard error where that is known."""
-    if math.isnan(value) or math.isnan(error) or error <= 0:
-        return number(value)
-    places = min(max(0, 1 - math.floor(math.log10(error))), 6)
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
-def runs_table(study: Study) -> ReportTable | Missing:
+def runs_table(material: Material) -> ReportTable | Missing:
     """All runs with their main numbers; sorts and filters by value, downloads values and standard errors."""
-    title = "All runs"
+    title, study = "All runs", material.study
     if not study.runs:
         return Missing("runs", title, "There are no runs.")
-    frame = run_frame(study)
-    known = quantities(study)
+    frame = run_frame(study, list(material.quantities.values()))
     shown = [key for key in _RUN_QUANTITIES if key in frame and frame[key].notna().any()]
-    texts = ["label", "family", "seed", "status", "experiment", "run_id"]
-    head = ["model", "family", "seed", "status", "experiment", "run"]
-    names = [known[key].name if key in known else _GAPS[key] for key in shown]
+    texts = {"label": "model", "family": "family", "group": "group", "seed": "seed", "status": "status",
+             "experiment": "experiment", "run_id": "run"}  # fmt: skip
+    lines = frame.to_dict("records")
     rows = tuple(
-        (*(_cell(frame[t].iloc[i], t == "seed") for t in texts),
-         *(_with_error_cell(frame[k].iloc[i], frame[f"{k}_stderr"].iloc[i]) for k in shown))
-        for i in range(len(frame))
+        (*(_cell(line[text], text == "seed") for text in texts),
+         *(_with_error_cell(line[key], line[f"{key}_stderr"]) for key in shown))
+        for line in lines
     )  # fmt: skip
-    full = frame[[*texts, *(f"{key}{ending}" for key in shown for ending in ("", "_stderr"))]]
-    numeric = (*(t == "seed" for t in texts), *(True for _ in shown))
+    full = frame[[*texts, *(key + ending for key in shown for ending in ("", "_stderr"))]]
+    numeric = (*(text == "seed" for text in texts), *(True for _ in shown))
     caption = (
-        f"{len(frame)} runs. Press a heading to sort; type into the fields to filter, numbers too. ± is one standard "
-        "error over examples (errors, losses) or draws (flatness)."
+        f"{plural(len(frame), 'run')}. Press a heading to sort; type into the fields to filter, numbers too. ± is one "
+        "standard error over examples (errors, losses) or draws (flatness)."
     )
-    return ReportTable("runs", title, caption, (*head, *names), numeric, rows, full, filters=True)
+    columns = (*texts.values(), *(material.title(key) for key in shown))
+    return ReportTable("runs", title, caption, columns, numeric, rows, full, filters=True)
 
 
 def _with_error_cell(value: float, error: float) -> Cell:
     return Cell(with_error(value, error), "" if math.isnan(value) else float(value))
 
 
-def provenance_table(study: Study) -> ReportTable | Missing:
+def provenance_table(material: Material) -> ReportTable | Missing:
     """One line for each number of the page: which run and network, how it was measured, by which code."""
     title = "Provenance of every number"
-    lines = [line for quantity in quantities(study).values() for line in _provenance(study, quantity.key)]
+    wanted = [*material.quantities.values(), *measures_of(material.study)]
+    told = dict.fromkeys(quantity.name for quantity in wanted)
+    firsts = [next(quantity for quantity in wanted if quantity.name == name) for name in told]
+    lines = [line for quantity in firsts for run in material.study.runs if (line := _provenance(run, quantity))]
     if not lines:
         return Missing("provenance", title, "No run has a number yet.")
-    full = pd.DataFrame(lines)
-    for name in ("seed", "epoch", "count"):
-        full[name] = full[name].astype("Int64")
-    same = {
-        str(name): full[name].iloc[0]
-        for name in full
-        if name not in ("run", "model", "number", "value", "stderr") and full[name].nunique(dropna=False) == 1
+    full = pd.DataFrame(lines).astype({"seed": "Int64", "epoch": "Int64", "count": "Int64"})
+    always = ("run", "model", "number", "value", "stderr")
+    same = [name for name in full if name not in always and full[name].nunique(dropna=False) == 1]
+    known = {
+        str(name): full[name].iloc[0] for name in same if pd.notna(full[name].iloc[0]) and full[name].iloc[0] != ""
     }
-    known = {name: value for name, value in same.items() if value is not None and value is not pd.NA and value == value}
-    caption = f"{len(full)} numbers."
+    caption = f"{plural(len(full), 'number')}."
     if known:
         caption += " The same for all: " + ", ".join(f"{name} {_plain(value)}" for name, value in known.items()) + "."
-    shown = full.drop(columns=[name for name in same if name in full])
-    made = table_of(shown, "provenance", title, caption, filters=True, deferred=True)
-    return ReportTable(**{**made.__dict__, "frame": full})
+    made = table_of(full.drop(columns=same), "provenance", title, caption, filters=True, deferred=True)
+    return replace(made, frame=full)
 
 
-def _provenance(study: Study, key: str) -> list[dict[str, object]]:
-    quantity = quantities(study)[key]
-    made = []
-    for position, row in pick(study, quantity).iterrows():
-        run = study.runs[int(str(position))]
-        said = {name: row[name] for name in (*_SAID, *_SAID_OF_RUN) if name in row}
-        made.append({
-            "run": run.run_id, "model": run.label, "seed": run.seed, "number": quantity.name,
-            "value": float(row["value"]) * quantity.scale, "stderr": float(row["stderr"]) * quantity.scale,
-            **said, "commit": _commit(run.provenance),
-        })  # fmt: skip
-    return made
+def _provenance(run: RunRecord, quantity: Quantity) -> dict[str, object]:
+    row = quantity.row(run)
+    if row is None:
+        return {}
+    value, error = (
+        float(row[name]) * quantity.scale if pd.notna(row[name]) else math.nan for name in ("value", "stderr")
+    )
+    said = {name: row[name] for name in (*_SAID, *_SAID_OF_RUN)}
+    return {
+        "run": run.run_id, "model": run.label, "seed": run.seed, "number": quantity.title, "value": value,
+        "stderr": error, **said, "commit": _commit(run.provenance),
+    }  # fmt: skip
 
 
 def _commit(provenance: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustflat.reporting.drawing import Drawing, Missing
+from robustflat.reporting.findings import Findings, correlations_table, measures
 from robustflat.reporting.history_plots import flatness_over_epochs, landscapes, learning_curves
 from robustflat.reporting.records import Study
 from robustflat.reporting.report_tables import (
@@ -41,16 +42,20 @@ class Section:
     highlight: bool = False
 
 
-def sections_of(study: Study, material: Material) -> list[Section]:
+def sections_of(material: Material, found: Findings) -> list[Section]:
     """All sections; each says in a sentence what is missing."""
+    study = material.study
+    bars, table = measures(material)
+    sure = (correlations_table(found), table)
     return [
         Section("flatness", "Flatness and robust loss", figures=_flatness(material), highlight=True),
+        Section("certainty", "How sure, and other measures", figures=(bars,), tables=sure),
         Section("models", "Robust error, families, generalisation gap, early stopping", figures=_models(material)),
         Section("training", "During training", figures=(*learning_curves(study), *flatness_over_epochs(study))),
         Section("weights", "Around the weights", figures=tuple(landscapes(study)), tables=(curvature_table(study),)),
-        Section("all-runs", "All runs", tables=(runs_table(study), problems_table(study))),
+        Section("all-runs", "All runs", tables=(runs_table(material), problems_table(study))),
         _warnings(study),
-        Section("numbers", "Provenance and cost", tables=(provenance_table(study), compute_table(study))),
+        Section("numbers", "Provenance and cost", tables=(provenance_table(material), compute_table(study))),
     ]
 
 
