@@ -121,7 +121,7 @@ def _kendall_of_rows(X: Array, Y: Array, W: Array) -> Array:
 
 
 def _signs(values: Array) -> Array:
-    return np.sign(values[..., :, None] - values[..., None, :])
+    return np.asarray(np.sign(values[..., :, None] - values[..., None, :]))
 
 
 def _centred(X: Array, W: Array) -> Array:
@@ -138,7 +138,7 @@ def _floor(X: Array, W: Array) -> Array:
 def _ratio(product: Array, squares: Array, varies: NDArray[np.bool_]) -> Array:
     found = np.full(product.shape, np.nan)
     np.divide(product, np.sqrt(np.maximum(squares, 0.0)), out=found, where=varies & (squares > 0))
-    return np.clip(found, -1.0, 1.0)
+    return np.asarray(np.clip(found, -1.0, 1.0))
 
 
 def _mean_of_defined(parts: Sequence[Array], count: int) -> Array:

@@ -60,9 +60,7 @@ def paired(
     labels = np.arange(len(first)) if clusters is None else codes(clusters)
     for name, other in [(names[1], second), ("clusters", labels), *(("a control", other) for other in others)]:
         if len(other) != len(first):
-            raise UserError(
-                f"{names[0]} has {len(first)} values, {name} has {len(other)}: they must be of the same models."
-            )
+            raise UserError(f"{names[0]} has {len(first)} values, {name} has {len(other)}: give one for each model.")
     kept = np.isfinite(first) & np.isfinite(second)
     for other in others:
         kept &= np.isfinite(other)
@@ -73,9 +71,7 @@ def paired(
     units = Units(member.astype(np.intp), len(present))
     why = _why_not(first, second, names, units.count, unit)
     if not why and units.count < FEW:
-        cautions.append(
-            f"Fewer than {FEW} {plural(2, unit)[2:]}: the interval is rough, and one of them can change it."
-        )
+        cautions.append(f"Fewer than {FEW} {plural(2, unit)[2:]}: the interval is rough, one can change it.")
     return Paired(first, second, kept, units, why, tuple(cautions))
 
 

@@ -35,8 +35,8 @@ EXAMPLES = 1000
 EPSILON = 8 / 255
 SOURCE = "Stutz et al., ICCV 2021"
 
-# Printed column -> (split, kind, measure, metric). Errors become fractions. The loss on AutoAttack's images is left out:
-# AutoAttack stops at the first image that fools the network, so that its losses say nothing.
+# Printed column -> (kind, measure, metric). Errors become fractions. The loss on AutoAttack's images is left out: it
+# stops at the first image that fools the network, so that its losses say nothing.
 _ATTACKED = {
     "rerr_{}_pgd": ("attack", "pgd20", "robust_error"),
     "rloss_{}_pgd": ("attack", "pgd20", "robust_loss"),
@@ -83,8 +83,8 @@ def from_paper() -> list[RunRecord]:
     `experiment` is the name that our own run of the row gets ("iccv21-at"), `label` the row's name. Numbers carry the
     names of our evaluation (`conf/evaluation/paper.yaml`): "pgd20 robust_loss", "autoattack robust_error",
     "average flatness", "worst flatness", and "average_clean", "worst_clean" for the clean loss. Errors are fractions
-    with the binomial standard error of 1000 examples, which is ours; the paper prints no uncertainty. Clean numbers have
-    no count: the paper does not say on how many examples they are.
+    with the binomial standard error of 1000 examples, which is ours; the paper prints no uncertainty. Clean numbers
+    have no count: the paper does not say on how many examples they are.
     """
     return [_record(row) for row in printed().to_dict("records")]
 
@@ -123,7 +123,7 @@ def _rows(row: dict[Any, Any]) -> list[dict[str, Any]]:
         rows.append(_row("flatness", measure, "flatness", row[name]) | _THREAT
                     | {"radius": radius, "loss": loss, "protocol": "paper", "count": EXAMPLES}
                     | {"split": f"test[:{EXAMPLES}]", "checkpoint": "last"})  # fmt: skip
-    gap = row["rloss_test_pgd"] - row["rloss_train_pgd"]
+    gap = round(row["rloss_test_pgd"] - row["rloss_train_pgd"], 2)
     rows.append(_row("attack", "pgd20", "robust_loss_gap", gap) | _THREAT
                 | {"split": "test - train", "checkpoint": "last", "count": EXAMPLES})  # fmt: skip
     return rows

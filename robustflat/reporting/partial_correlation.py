@@ -81,8 +81,8 @@ def within_family(
 ) -> Correlation:
     """Correlation inside the families: does the relation hold when only the hyper-parameter of a method changes?
 
-    Values are taken relative to the mean of their family (partial correlation given the family). Families with one model
-    say nothing about this and are left out.
+    Values are taken relative to the mean of their family (partial correlation given the family). Families with one
+    model say nothing about this and are left out.
 
     Args: as in `partial_correlation`; `family` (n,) names the method.
 
@@ -94,8 +94,8 @@ def within_family(
     sizes = np.bincount(member, minlength=1)[member] if len(member) else member
     kept = np.flatnonzero(data.kept)[sizes > 1]
     chosen = [codes(labels)[kept] if labels is not None else None for labels in (family, clusters)]
-    values = [column(v, n)[kept] for v, n in zip((x, y), names, strict=True)]
-    found = partial_correlation(*values, group=chosen[0], method=method, names=names, clusters=chosen[1],
+    first, second = column(x, names[0])[kept], column(y, names[1])[kept]
+    found = partial_correlation(first, second, group=chosen[0], method=method, names=names, clusters=chosen[1],
                                 settings=settings)  # fmt: skip
     alone, cautions = len(data.x) - len(kept), list(found.cautions)
     if alone:
@@ -129,7 +129,7 @@ def across_families(
     means = [np.bincount(index, weights=values) / sizes for values in (data.x, data.y)]
     asked = Asked(METHODS[method], method, f"{TITLES[method]} across families", names, settings or Resampling(),
                   unit="family")  # fmt: skip
-    return replace(estimated(paired(*means, names, unit="family"), asked), n=len(data.x))
+    return replace(estimated(paired(means[0], means[1], names, unit="family"), asked), n=len(data.x))
 
 
 def granulated_kendall(
@@ -165,7 +165,7 @@ def granulated_kendall(
     found = estimated(data, Asked(kernel, "other", "granulated Kendall", names, settings))
     if not found.defined:
         return replace(
-            found, why=data.why or f"No two models differ in just one of {', '.join(axes)}, and in both values."
+            found, why=data.why or f"No two models differ in only one of {', '.join(axes)} and in both values."
         )
     draws = settings.draws()
     orders = [torch.randperm(len(data.x), generator=draws).numpy() for _ in range(settings.resamples)]

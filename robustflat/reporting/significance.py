@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from robustflat.errors import UserError, require_one_of
@@ -76,9 +76,7 @@ def p_of_clusters(value: float, samples: Array, clusters: int) -> float:
     return float(2 * special.stdtr(clusters - 2, -abs(math.atanh(value)) / spread))
 
 
-def p_by_permutation(
-    kernel: Kernel, x: Array, y: Array, orders: np.ndarray[tuple[int, int], np.dtype[np.intp]]
-) -> float:
+def p_by_permutation(kernel: Kernel, x: Array, y: Array, orders: NDArray[np.intp]) -> float:
     """Share of random orders of y, the given one counted in, with a coefficient at least as far from 0.
 
     Args:
@@ -110,7 +108,7 @@ def adjusted(p: ArrayLike, correction: str = "holm") -> Array:
     values = np.asarray(p, dtype=np.float64)
     known = values[~np.isnan(values)]
     if values.ndim != 1 or ((known < 0) | (known > 1)).any():
-        raise UserError(f"p-values must be a list of numbers in [0, 1], got {p}.")
+        raise UserError(f"p-values must be a list of numbers in [0, 1], got {values.tolist()}.")
     order, m = np.argsort(known, kind="stable"), len(known)
     ranked = known[order]
     if correction == "holm":
