@@ -102,19 +102,32 @@ def _facts(material: Material) -> tuple[tuple[str, str], ...]:
     facts = [("Data set", study.dataset), ("Networks", _networks(material))]
     rows = {key: _rows(study, quantities[key]) for key in ("robust_loss", "robust_error", "average", "worst")
             if key in quantities}  # fmt: skip
-    facts.append(("Examples", "; ".join(f"{_title(quantities[key])}: {_examples(rows[key])}" for key in rows)))
+    examples = {key: _examples(rows[key]) for key in rows}
+    same = set(examples.values())
+    each = "; ".join(f"{_title(quantities[key])}: {text}" for key, text in examples.items())
+    facts.append(("Examples", each if len(same) > 1 else "".join(same)))
     attacked = [key for key in ("robust_loss", "robust_error") if key in rows]
     named = "; ".join(f"{_title(quantities[key])} by {_several(rows[key], 'measure')}" for key in attacked)
     facts.append(("Attack", ". ".join(part for part in (study.attack, named) if part)))
     if attacked:
-        facts.append(("Threat model", f"{_several(rows[attacked[0]], 'norm')}, radius "
-                                      f"{_several(rows[attacked[0]], 'epsilon')}"))  # fmt: skip
+        facts.append(("Threat model", _threat(rows[attacked[0]])))
     flat = [key for key in ("average", "worst") if key in rows]
     balls = [f"{_title(quantities[key])}: radius {_several(rows[key], 'radius')}, protocol "
              f"{_several(rows[key], 'protocol')}" for key in flat]  # fmt: skip
     facts.append(("Weights displaced", ". ".join(part for part in (study.parameters, "; ".join(balls)) if part)))
     facts.append(("Checkpoint", study.checkpoint))
     return tuple((name, value) for name, value in facts if value)
+
+
+def _threat(rows: pd.DataFrame) -> str:
+    """Norm and radius, in 255ths where that is a whole number."""
+    radii = [float(value) for value in rows["epsilon"].dropna().unique()]
+    levels = [round(255 * radius) for radius in radii]
+    whole = all(level and abs(255 * radius - level) < 1e-3 for radius, level in zip(radii, levels, strict=True))
+    told = [f"{level}/255" if whole else f"{radius:.4g}" for radius, level in zip(radii, levels, strict=True)]
+    norms = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
+    named = [norms.get(str(norm).lower(), str(norm)) for norm in rows["norm"].dropna().unique()]
+    return f"{', '.join(named) or 'unknown norm'}, radius {', '.join(told) or 'unknown'}"
 
 
 def _networks(material: Material) -> str:

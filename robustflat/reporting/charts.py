@@ -106,14 +106,16 @@ def _arrows(item: Arrows) -> Any:
     x: list[float | None] = []
     y: list[float | None] = []
     texts: list[str] = []
+    shapes: list[str] = []
     for x0, y0, x1, y1, label in ends:
+        shapes += ["circle", "arrow" if (x0, y0) != (x1, y1) else "circle", "circle"]
         x += [x0, x1, None]
         y += [y0, y1, None]
         texts += [_safe(label), _safe(label), ""]
     sizes = [6, 11, 0] * len(item.x)
     return go.Scatter(
         x=x, y=y, mode="lines+markers", name=_safe(item.name), hovertext=texts, hoverinfo="text",
-        line={"width": 1.2}, marker={"symbol": ["circle", "arrow", "circle"] * len(item.x), "size": sizes, "opacity": 1,
+        line={"width": 1.2}, marker={"symbol": shapes, "size": sizes, "opacity": 1,
                                     "angleref": "previous"},
         meta={"colour": _token(item.style)},
     )  # fmt: skip

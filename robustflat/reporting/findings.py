@@ -60,7 +60,12 @@ def _pair(material: Material, x: str, y: str, method: str) -> Correlation:
     names = (words(material, x), words(material, y))
     if part.empty:
         return Correlation(method.capitalize(), *names, why=absent(material, x, y))
-    return correlation(part[x], part[y], method=method, names=names, clusters=part["label"])
+    return correlation(part[x], part[y], method=method, names=names, clusters=_units(part))
+
+
+def _units(part: pd.DataFrame) -> pd.Series | None:
+    """What is independent: models, if they have several seeds; None if each line is a model."""
+    return None if part["label"].is_unique else part["label"]
 
 
 def words(material: Material, key: str) -> str:
@@ -81,8 +86,8 @@ def _held_fixed(material: Material) -> Iterator[Correlation]:
             some = material.have(x, y, control)
             if len(some):
                 held = {words(material, control): some[control]}
-                yield partial_correlation(some[x], some[y], held, names=names, clusters=some["label"])
-        yield within_family(part[x], part[y], part["family"], names=names, clusters=part["label"])
+                yield partial_correlation(some[x], some[y], held, names=names, clusters=_units(some))
+        yield within_family(part[x], part[y], part["family"], names=names, clusters=_units(part))
         yield across_families(part[x], part[y], part["family"], names=names)
 
 
@@ -90,9 +95,9 @@ def correlations_table(found: Findings) -> ReportTable | Missing:
     """All correlations of `findings`."""
     table = results_table([*found.average, *found.worst, *found.more])
     lines = [_shown(line) for line in table.to_dict("records")]
-    caption = "Every coefficient with its interval over models. Notes say what to be careful about."
+    caption = "Every coefficient with its 95 % interval over models. Notes say what to be careful about."
     title = "How sure: correlations, partial correlations, within and across families"
-    return table_of(pd.DataFrame(lines), "correlations", title, caption)
+    return table_of(pd.DataFrame(lines), "correlations", title, caption, digits=2)
 
 
 def _shown(line: Mapping[object, object]) -> dict[str, object]:
@@ -112,8 +117,9 @@ def measures(material: Material) -> tuple[Drawing | Missing, ReportTable | Missi
     frame = frame[frame["status"] != "failed"]
     titles = {quantity.key: quantity.title for quantity in wanted} | {"robust_loss": "RLoss"}
     keys = [quantity.key for quantity in wanted]
+    clusters = None if frame["label"].is_unique else "label"
     found = correlation_table(
-        frame, "robust_loss", keys, methods=("pearson", "spearman"), titles=titles, clusters="label"
+        frame, "robust_loss", keys, methods=("pearson", "spearman"), titles=titles, clusters=clusters
     )
     columns = {"x": "measure", "method": "coefficient", "value": "value", "low": "low", "high": "high", "p": "p",
                "p_holm": "p (Holm)", "p_bh": "p (Benjamini-Hochberg)", "n": "models", "units": "independent",
@@ -123,6 +129,7 @@ def measures(material: Material) -> tuple[Drawing | Missing, ReportTable | Missi
         "all_measures",
         "Every flatness measure against RLoss",
         f"p-values corrected for {plural(len(wanted), 'measure')}.",
+        digits=2,
         filters=True,
     )
     return _bars(found[found["method"] == "Spearman"], title), table

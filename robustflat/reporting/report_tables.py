@@ -60,20 +60,27 @@ class ReportTable:
 
 
 def table_of(
-    frame: pd.DataFrame, key: str, title: str, caption: str = "", *, filters: bool = False, deferred: bool = False
+    frame: pd.DataFrame,
+    key: str,
+    title: str,
+    caption: str = "",
+    *,
+    digits: int = 4,
+    filters: bool = False,
+    deferred: bool = False,
 ) -> ReportTable:
-    """A table that shows a frame as it is: floats with four significant digits, missing values as a dash."""
+    """A table that shows a frame as it is: floats with some significant digits, missing values as a dash."""
     numeric = tuple(pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes)
-    columns = [[_cell(value, number) for value in frame.iloc[:, i]] for i, number in enumerate(numeric)]
+    columns = [[_cell(value, is_number, digits) for value in frame.iloc[:, i]] for i, is_number in enumerate(numeric)]
     rows = tuple(zip(*columns, strict=True)) if len(frame) else ()
     return ReportTable(key, title, caption, tuple(map(str, frame.columns)), numeric, rows, frame, filters, deferred)
 
 
-def _cell(value: object, numeric: bool) -> Cell:
+def _cell(value: object, numeric: bool, digits: int = 4) -> Cell:
     if value is None or value is pd.NA or value != value:
         return Cell(DASH, "" if numeric else None)
     if numeric and isinstance(value, float):
-        return Cell(number(value), value if math.isfinite(value) else "")
+        return Cell(number(value, digits), value if math.isfinite(value) else "")
     return Cell(str(value), int(str(value)) if numeric else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from robustflat.reporting.comparisons import cost_table, ledger_table, parts_table
 from robustflat.reporting.drawing import Drawing, Missing
 from robustflat.reporting.findings import Findings, correlations_table, measures
 from robustflat.reporting.history_plots import flatness_over_epochs, landscapes, learning_curves
@@ -51,10 +52,16 @@ def sections_of(material: Material, found: Findings) -> list[Section]:
         Section("flatness", "Flatness and robust loss", figures=_flatness(material), highlight=True),
         Section("certainty", "How sure, and other measures", figures=(bars,), tables=sure),
         Section("models", "Robust error, families, generalisation gap, early stopping", figures=_models(material)),
-        Section("training", "During training", figures=(*learning_curves(study), *flatness_over_epochs(study))),
+        Section(
+            "training",
+            "During training",
+            figures=(*learning_curves(study), *flatness_over_epochs(study)),
+            tables=(parts_table(material), cost_table(material)),
+        ),
         Section("weights", "Around the weights", figures=tuple(landscapes(study)), tables=(curvature_table(study),)),
         Section("all-runs", "All runs", tables=(runs_table(material), problems_table(study))),
         _warnings(study),
+        Section("reproduction", "Reproduction of the paper", tables=(ledger_table(study),)),
         Section("numbers", "Provenance and cost", tables=(provenance_table(material), compute_table(study))),
     ]
 
