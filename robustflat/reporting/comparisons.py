@@ -68,6 +68,6 @@ def ledger_table(study: Study) -> ReportTable | Missing:
         return Missing("ledger", title, "No run is named after a row of the paper's tables (conf/experiment/iccv21).")
     full = reproduction_ledger(ours)
     shown = full[full["verdict"] != NOT_RUN].drop(columns=["experiment"])
-    caption = f"{verdicts(full)} Errors are fractions, losses and flatness nats. Rows that were not run are in the downloads only."
+    caption = f"{verdicts(full)} Errors are fractions. Rows that were not run are only in the downloads."
     made = table_of(shown, "ledger", title, caption, filters=True, deferred=True)
     return replace(made, frame=full)

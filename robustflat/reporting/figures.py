@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def save(figure: Figure, folder: Path, key: str) -> list[Path]:
         UserError: if a file cannot be written.
     """
     written = []
+    make_folder(folder)
     for suffix in ("svg", "png"):
         final = folder / f"{key}.{suffix}"
         unfinished = folder / f".{key}.{os.getpid()}.{suffix}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+            with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}), warnings.catch_warnings():
+                # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
                 figure.savefig(unfinished, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
             os.replace(unfinished, final)
         except OSError as error:
@@ -67,6 +70,18 @@ def save(figure: Figure, folder: Path, key: str) -> list[Path]:
             unfinished.unlink(missing_ok=True)
         written.append(final)
     return written
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder if needed.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror or error}.") from error
 
 
 def _draw(item: Item, axes: Axes) -> None:

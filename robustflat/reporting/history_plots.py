@@ -99,7 +99,6 @@ def _snapshots(study: Study, kind: str, metric: str, word: str = "") -> pd.DataF
     if snapshots.empty:
         return empty
     kept = kept[kept["measure"] == snapshots["measure"].value_counts(sort=False).idxmax()]
-    kept = kept.assign(label=[study.runs[run].label for run in kept["run"]])
     return kept.groupby(["label", "epoch"], sort=False)["value"].mean().reset_index().sort_values("epoch")
 
 

@@ -93,6 +93,7 @@ def write_report(study: Study, output: Path | str) -> Path:
     """
     output = Path(output)
     place = _Place(output if output.suffix.lower() in (".html", ".htm") else output / "index.html")
+    figures.make_folder(place.page.parent)
     material = Material(study)
     found = findings(material)
     parts = sections_of(material, found)
@@ -209,7 +210,6 @@ def _environment() -> Environment:
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
