@@ -101,6 +101,26 @@ def bootstrap_interval(
     return Range(float(low), float(high))
 
 
+def bias_corrected_normal(samples: Array, value: float, confidence: float) -> Range:
+    """Normal interval on the scale of arctanh, moved by the bias that the bootstrap shows.
+
+    For noise that pulls all bootstrap values to one side of the estimate, where percentiles, corrected or not, would
+    have to be taken from beyond the most extreme sample.
+
+    Args:
+        samples: (B,) bootstrap values in [-1, 1]; NaN where undefined.
+        value: the estimate, in (-1, 1).
+        confidence: coverage.
+    """
+    known = samples[np.abs(samples) < 1]
+    if len(known) < (1 - _MOST_LOST) * len(samples):
+        return Range(math.nan, math.nan)
+    scaled = np.arctanh(known)
+    centre = 2 * math.atanh(value) - float(scaled.mean())
+    half = float(special.ndtri(0.5 + confidence / 2)) * float(scaled.std(ddof=1))
+    return Range(math.tanh(centre - half), math.tanh(centre + half))
+
+
 def _corrected(z: Array, samples: Array, value: float, jackknife: Array) -> Array:
     """Normal quantiles moved by bias and acceleration."""
     near = np.abs(samples - value) <= 1e-12

@@ -100,7 +100,7 @@ def _with_interval(value: float, data: Paired, asked: Asked, chosen: str) -> Cor
             units=count - asked.controls,
             settings=settings,
             jackknife=jackknife if chosen == "bca" else None,
-            stretched=asked.method == "pearson" or clustered,
+            stretched=(asked.method == "pearson" and not asked.given) or clustered,
         )
         if math.isnan(ends.low):
             cautions.append("Too many bootstrap samples have no variation, so there is no interval.")

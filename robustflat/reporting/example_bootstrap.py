@@ -8,12 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustflat.errors import UserError, require_one_of
-from robustflat.reporting.bootstrap import Resampling, bootstrap_interval, counts
+from robustflat.reporting.bootstrap import Range, Resampling, bias_corrected_normal, bootstrap_interval, counts
 from robustflat.reporting.correlation_result import Correlation
 from robustflat.reporting.estimate import METHODS, NO_SPREAD, TITLES, WORDS, Asked, undefined, value_of
-from robustflat.reporting.paired import Labels, paired
+from robustflat.reporting.kernels import Array
+from robustflat.reporting.paired import Labels, Paired, paired
 
 SOURCES = ("examples", "models", "both")
+
+RANKS = "Ranks change in jumps, so this interval over examples alone is rough and rather too narrow."
+"""Of simulated ones, 68 to 88 % instead of 95 % held the coefficient of noise-free ranks (Pearson: 89 to 98 %)."""
 
 
 def correlation_over_examples(
@@ -26,7 +30,7 @@ def correlation_over_examples(
     clusters: Labels | None = None,
     settings: Resampling | None = None,
 ) -> Correlation:
-    """Correlation of two quantities that are means over the same evaluation examples, which count in the interval.
+    """Correlation of two quantities that are means over the same evaluation examples, these in the interval.
 
     Examples are drawn jointly: all models, and both quantities, see the same drawn examples, so what makes an example
     hard for all models does not count as noise.
@@ -38,8 +42,9 @@ def correlation_over_examples(
         method: "pearson", "spearman" or "kendall".
         names: of x and y in sentences.
         clusters: (n,) independent unit (configuration) of each model.
-        settings: "auto" and "bca" correct for bias, which noise of examples brings (it pulls coefficients to 0);
-            "percentile" does not. The default 95 %, 2000 resamples.
+        settings: of the interval. Noise of examples pulls coefficients to 0, so that a percentile interval lies too low;
+            "auto" and "bca" correct for it: BCa where models are drawn, a normal interval of arctanh moved by the bias
+            where only examples are.
 
     Raises:
         UserError: if the arrays do not have one (n, N) shape, or for an unknown method, source or an analytic interval.
@@ -65,24 +70,37 @@ def correlation_over_examples(
                         cautions=data.cautions)  # fmt: skip
     if abs(value) >= 1 - 1e-12:
         return replace(found, cautions=(*data.cautions, NO_SPREAD))
-    draws, weights = settings.draws(), np.ones((settings.resamples, len(data.x)))
-    if over != "examples":
-        weights = data.units.weights(settings, draws)
-    drawn = [data.x, data.y]
-    if over != "models":
-        share = counts(first.shape[1], settings.resamples, draws) / first.shape[1]
-        drawn = [share @ values[data.kept].T for values in (first, second)]
-    jackknife = np.zeros(1)
-    if over != "examples":
-        jackknife = asked.kernel(data.x, data.y, data.units.without_one())
-    ends = bootstrap_interval(
-        asked.kernel(drawn[0], drawn[1], weights),
-        value,
-        units=data.units.count if over != "examples" else first.shape[1],
-        settings=settings,
-        jackknife=None if settings.interval == "percentile" else jackknife,
-        stretched=over != "examples" and (method == "pearson" or clusters is not None),
-    )
-    how = WORDS["percentile" if settings.interval == "percentile" else "bca"]
+    samples = _samples(first[data.kept], second[data.kept], data, asked, over)
+    ends, how = _ends(samples, value, data, asked, over)
+    if over == "examples" and method != "pearson":
+        found = replace(found, cautions=(*found.cautions, RANKS))
     where = {"examples": "evaluation examples", "models": f"{unit}s", "both": f"{unit}s and evaluation examples"}[over]
     return replace(found, low=ends.low, high=ends.high, interval=f"{100 * settings.confidence:g} % {how} over {where}")
+
+
+def _samples(first: Array, second: Array, data: Paired, asked: Asked, over: str) -> Array:
+    """Bootstrap values (B,): models, examples or both drawn anew."""
+    settings, draws = asked.settings, asked.settings.draws()
+    weights = np.ones((settings.resamples, len(data.x)))
+    if over != "examples":
+        weights = data.units.weights(settings, draws)
+    if over == "models":
+        return asked.kernel(data.x, data.y, weights)
+    share = counts(first.shape[1], settings.resamples, draws) / first.shape[1]
+    return asked.kernel(share @ first.T, share @ second.T, weights)
+
+
+def _ends(samples: Array, value: float, data: Paired, asked: Asked, over: str) -> tuple[Range, str]:
+    """The interval and what it is called."""
+    settings, percentile = asked.settings, asked.settings.interval == "percentile"
+    if over == "examples" and not percentile:
+        return bias_corrected_normal(samples, value, settings.confidence), "bias-corrected bootstrap"
+    ends = bootstrap_interval(
+        samples,
+        value,
+        units=data.units.count,
+        settings=settings,
+        jackknife=None if percentile else asked.kernel(data.x, data.y, data.units.without_one()),
+        stretched=over != "examples" and (asked.method == "pearson" or data.units.count < len(data.x)),
+    )
+    return ends, WORDS["percentile" if percentile else "bca"]

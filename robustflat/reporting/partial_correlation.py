@@ -55,7 +55,7 @@ def partial_correlation(
     indicators: list[Array] = []
     if group is not None:
         indicators = _indicators(_same_length(codes(group), data))
-    held = np.array([*numeric, *indicators]).reshape(-1, len(data.x))
+    held = np.array([*numeric, *indicators], dtype=np.float64).reshape(len(numeric) + len(indicators), len(data.x))
     asked = Asked(
         partial(held, ranks=method == "spearman", ranked=len(numeric)),
         method,

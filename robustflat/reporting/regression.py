@@ -89,10 +89,10 @@ def regression_line(x: Values, y: Values, *, names: tuple[str, str] = ("x", "y")
     Resampling(confidence=confidence)
     data = paired(x, y, names)
     n = len(data.x)
-    if n < 3 or np.ptp(data.x) <= 1e-12 * np.abs(data.x).max():
-        return Line(*names, n=n, confidence=confidence, why=data.why)
-    middle = float(data.x.mean())
+    middle = float(data.x.mean()) if n else math.nan
     squares = float(((data.x - middle) ** 2).sum())
+    if n < 3 or squares <= n * (1e-12 * float(np.abs(data.x).max())) ** 2:
+        return Line(*names, n=n, confidence=confidence, why=data.why or f"All {n} models have the same {names[0]}.")
     slope = float(((data.x - middle) * (data.y - data.y.mean())).sum()) / squares
     intercept = float(data.y.mean()) - slope * middle
     spread = math.sqrt(float(((data.y - intercept - slope * data.x) ** 2).sum()) / (n - 2))
