@@ -1,0 +1,82 @@
+"""Verdicts of the reproduction ledger on runs made up around the paper's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from robustflat.reporting.correlation_ledger import correlation_ledger
+from robustflat.reporting.ledger import reproduction_ledger, runs_by_row, verdicts, why_not_comparable
+from robustflat.reporting.paper import from_paper
+from robustflat.reporting.records import RunRecord
+from robustflat.store.tables import as_text
+
+
+def ours(row: str = "at", shift: float = 0.0, **changes: object) -> RunRecord:
+    record = next(record for record in from_paper() if record.experiment == f"iccv21-{row}")
+    table = record.table.copy()
+    table.loc[table["metric"] == "robust_loss", "value"] += shift
+    table.loc[table["metric"] == "robust_loss", "stderr"] = 0.05
+    return replace(record, **{"table": table, "provenance": {"data": "data      cifar10: 3 x 32 x 32"}, **changes})
+
+
+def cell(records: list[RunRecord], quantity: str = "RLoss") -> pd.Series:
+    ledger = reproduction_ledger(records)
+    return ledger[(ledger["experiment"] == "at") & (ledger["quantity"] == quantity)].iloc[0]
+
+
+def test_one_run_agrees_or_differs() -> None:
+    near, far = cell([ours(shift=0.09)]), cell([ours(shift=0.2)])
+    assert near["verdict"] == "agrees" and near["paper"] == 3.91 and near["seeds"] == 1
+    assert (near["low"], near["high"]) == pytest.approx((4.0 - 0.098, 4.0 + 0.098), abs=1e-3)
+    assert far["verdict"] == "differs by +0.20" and far["difference"] == pytest.approx(0.2)
+
+
+def test_seeds_widen_the_verdict() -> None:
+    seeds = [ours(shift=shift, run_id=str(shift)) for shift in (0.1, 0.2, 0.3)]
+    found = cell(seeds)
+    # Spread of one training 0.1, so that the mean is 0.2 +- 0.27 and another training +- 0.51 by Student's t.
+    assert found["seeds"] == 3 and found["ours"] == pytest.approx(4.11)
+    assert found["high"] - found["ours"] == pytest.approx((4.3027**2 * 0.01 / 3 + 0.098**2) ** 0.5, abs=1e-3)
+    assert found["verdict"] == "agrees"
+    assert cell([ours(shift=shift, run_id=str(shift)) for shift in (0.9, 1.0, 1.1)])["verdict"] == "differs by +1.00"
+
+
+def test_what_is_missing_or_other_is_said() -> None:
+    assert cell([])["verdict"] == "not run" and cell([ours(status="failed")])["verdict"] == "not run"
+    assert cell([ours(table=pd.DataFrame())])["verdict"] == "not measured"
+    other = ours(experiment="digits-at", provenance={"data": "data      digits: 1 x 8 x 8"})
+    assert cell([other])["verdict"] == "other data: not comparable (trained on digits)"
+    assert cell([other, ours()])["verdict"] == "agrees"
+    assert why_not_comparable(ours(experiment="cifar10-at")) == "experiment cifar10-at"
+    table = ours().table.assign(epsilon=0.3)
+    assert "epsilon 0.3" in why_not_comparable(ours(table=table))
+    assert "32 examples" in why_not_comparable(ours(table=ours().table.assign(count=32)))
+
+
+def test_the_whole_ledger() -> None:
+    ledger = reproduction_ledger(from_paper())
+    assert len(ledger) == 74 * 17 and (ledger["verdict"] == "agrees").all()
+    assert verdicts(ledger) == "Of 1258 numbers of the paper, 1258 agree."
+    assert "1258 were not run" in verdicts(reproduction_ledger([]))
+    for ending in ("md", "csv", "tex"):
+        assert "AT-AWP" in as_text(ledger, ending)
+    assert len(reproduction_ledger([], table="table1")) == 19 * 5
+    assert all(len(runs) == 1 for runs in runs_by_row(from_paper()).values())
+
+
+def test_correlations_beside_the_paper() -> None:
+    records = from_paper()
+    whole = correlation_ledger(records)
+    assert (whole["verdict"] == "agrees").all() and whole["ours"].iloc[0] == pytest.approx(whole["paper_all"].iloc[0])
+    # Twice the same networks are clusters, not 148 models.
+    doubled = correlation_ledger([*records, *(replace(record, run_id="x" + record.run_id) for record in records)])
+    assert doubled["low"].iloc[0] == pytest.approx(whole["low"].iloc[0], abs=0.02)
+    part = correlation_ledger(records[:20])
+    assert part["models"].iloc[0] == 20 and part["paper_same"].iloc[0] != part["paper_all"].iloc[0]
+    others = [replace(record, experiment=f"digits-{index}") for index, record in enumerate(records)]
+    assert set(correlation_ledger(others)["verdict"]) == {"other data: not comparable"}
+    assert set(correlation_ledger([])["verdict"]) == {"not run"}
+    assert set(correlation_ledger(records[:1])["verdict"].str[:11]) == {"not defined"}
