@@ -18,6 +18,7 @@ from robustflat.apps.cards import write_card
 from robustflat.apps.messages import complain
 from robustflat.apps.records import headline, read_records
 from robustflat.errors import UserError, require_one_of
+from robustflat.reporting.page import write_report
 from robustflat.reporting.records import RunRecord, Study
 from robustflat.store.tables import as_text, write_table
 
@@ -114,9 +115,7 @@ def write_pages(study: Study, folder: Path) -> dict[str, Path]:
     for record in study.runs:
         write_card(record)
     written: dict[str, Path] = {}
-    page = folder / "report.html"
-    if _write_page(study, page):
-        written["report"] = page
+    written["report"] = write_report(study, folder / "report.html")
     tables = [record.table for record in study.runs if len(record.table)]
     if tables:
         write_table(pd.concat(tables, ignore_index=True), folder / "metrics.parquet")
@@ -142,13 +141,3 @@ def summary_table(records: Sequence[RunRecord]) -> pd.DataFrame:
 def as_markdown(records: Sequence[RunRecord]) -> str:
     """The table of `summary_table` as Markdown."""
     return as_text(summary_table(records), "md")
-
-
-def _write_page(study: Study, path: Path) -> bool:
-    """Write the page if this installation has the module that draws it."""
-    try:
-        from robustflat.reporting.page import write_report  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ModuleNotFoundError:
-        return False
-    write_report(study, path)
-    return True
