@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import robustflat
 from robustflat.apps.collect import Origin, rows_of
+from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
 from robustflat.attacks.describe import describe
@@ -28,6 +30,7 @@ from robustflat.evaluation.rows import Row
 from robustflat.evaluation.selection import Score, score
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
+from robustflat.models.passes import PassCounter
 from robustflat.models.precision import precision_of
 from robustflat.rng import generator_for
 from robustflat.store.results import KEY, ResultStore, group_name
@@ -125,11 +128,10 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
             _copy(bench, twin, name, file)
             continue
         label = f"{file.name}: {piece.name} on {piece.split}"
-        start = time.perf_counter()
         with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
-            arrays, details = _measure(bench, file, model, piece)
-        seconds = time.perf_counter() - start
-        made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, "seconds": seconds}
+            (arrays, details), spent = _counted(bench, model, partial(_measure, bench, file, model, piece))
+        seconds = spent["seconds"]
+        made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         _write(bench, name, arrays, {**made, **details})
         if seconds > 1:
             bench.console.print(f"{label}: {seconds:.1f} s", markup=False)
@@ -220,9 +222,9 @@ def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkF
         require_sound_network(bench, file, model)
         forget_other_weights(bench.store, bench.console, file, weights)
         with bench.console.status(f"{file.name}: {SELECTION} on {split}"):
-            arrays = _selection_arrays(bench, model, split)
+            arrays, spent = _counted(bench, model, partial(_selection_arrays, bench, model, split))
         piece = Piece("attacks", "selection", split, SELECTION)
-        attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights}
+        attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         bench.store.write(name, arrays, {**attrs, "attack": settings["attack"], "runs": rule.restarts})
     arrays = bench.store.read(name).arrays
     return score(*(torch.from_numpy(arrays[part]) for part in ("clean", "logits", "labels")))
@@ -241,6 +243,21 @@ def _selection_arrays(bench: Bench, model: nn.Module, split: str) -> Arrays:
         generator=generator_for(bench.seed, "selection", device=bench.dataset.device),
     )
     return {"clean": clean.logits.numpy(), "logits": runs.numpy(), "labels": clean.labels.numpy()}
+
+
+Result = TypeVar("Result")
+
+
+def _counted(bench: Bench, model: nn.Module, work: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
+    """Do something, and what it cost: batches forward and backward, images forward, seconds, memory."""
+    device = bench.dataset.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with PassCounter().counting(model) as counter:
+        result = work()
+    seconds, memory = time.perf_counter() - start, peak_memory_mib(device)
+    return result, {**counter.passes._asdict(), "seconds": seconds, "peak_memory_mib": memory}
 
 
 def _measure(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> tuple[Arrays, dict[str, object]]:

@@ -28,6 +28,9 @@ APPLICATIONS = {
     "measure": "sharpness by the measures of the literature, on clean, frozen-adversarial or re-attacked loss",
     "rescale": "scale weights without changing the function, and measure again: the paper's x0.5 / x2 study",
     "audit": "which sharpness measures move under function-preserving transformations",
+    "study": "train, evaluate and report all networks of a study",
+    "report": "page and tables of any run folders",
+    "runs": "list, compare and clean up run folders",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 
 from robustflat.errors import UserError
+
+WIDTH = 140
+"""Columns of tables that do not go to a terminal."""
+
+
+def wide_console() -> Console:
+    """Standard output as it is now, wide enough for tables also where it is a file or a pipe."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def complain(message: str) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
+from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.measurements import measure
 from robustflat.apps.messages import complain
@@ -36,7 +37,9 @@ from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.loggers.base import Many
 from robustflat.loggers.console import ConsoleLogger
 from robustflat.loggers.jsonl import JsonlLogger
+from robustflat.loggers.ledger import LEDGER, LedgerLogger
 from robustflat.models.inference import keep_freed_memory
+from robustflat.models.passes import PassCounter
 from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
@@ -78,7 +81,7 @@ def job(config: DictConfig) -> float:
     try:
         results = run(config, path, command=list(context.overrides.task), console=console)
     except UserError as error:
-        _remove_if_empty(path)
+        remove_if_empty(path)
         complain(str(error))
         if context.mode is not None and context.mode.name == "MULTIRUN":
             raise  # Hydra goes on with the other jobs and reports this one at the end
@@ -109,20 +112,34 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         if folder.done and results and results["complete"] and not config.force:
             console.print(f"This run is done (nothing was trained): {path}")
         else:
-            try:
-                session = prepare(config, folder, name=name, command=command, console=console)
-            except BaseException:
-                folder.abandon()
-                raise
-            if not folder.done:
-                train(session)
+            session = trained(config, folder, name=name, command=command, console=console)
             try:
                 results = measure(session, key)
             finally:
                 session.logger.finish("done")
-            _draw_curves(session)
+            draw_curves(session)
         print_summary(console, results, path, facts=results["facts"])
     return results
+
+
+def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:
+    """A session whose network is trained to the end, now or earlier; its logger is open.
+
+    Args:
+        config: checked configuration, with a device.
+        folder: of the run, open.
+        name: of the experiment.
+        command: the overrides that the user gave, for the record.
+        console: where progress goes.
+    """
+    try:
+        session = prepare(config, folder, name=name, command=command, console=console)
+    except BaseException:
+        folder.abandon()
+        raise
+    if not folder.done:
+        train(session)
+    return session
 
 
 def evaluation_key(config: DictConfig) -> str:
@@ -137,8 +154,8 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
     callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
-    logger = _logger(config, folder, name, console)
     model = seeded_model(config).to(config.device)
+    logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
     dataset: Dataset = build(config.dataset)
     require_splits(config, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
@@ -204,15 +221,26 @@ def seeded_model(config: DictConfig) -> nn.Module:
     return model
 
 
-def _logger(config: DictConfig, folder: RunFolder, name: str, console: Console) -> Many:
-    """metrics.jsonl and the terminal always, and the configured one besides."""
+def _ledger(config: DictConfig, folder: RunFolder, model: nn.Module) -> LedgerLogger:
+    """Keeps ledger.json by the passes of a network."""
+    counter = PassCounter()
+    counter.attach(model)
+
+    def read() -> dict[str, float]:
+        return {**counter.passes._asdict(), "peak_memory_mib": peak_memory_mib(config.device)}
+
+    return LedgerLogger(folder.path / LEDGER, read)
+
+
+def _logger(config: DictConfig, folder: RunFolder, name: str, console: Console, *, ledger: LedgerLogger) -> Many:
+    """metrics.jsonl, ledger.json and the terminal always, and the configured one besides."""
     made = build(config.logger)
     if isinstance(made, functools.partial):
         known = {"run_id": folder.path.name, "group": name, "config": resolved(config), "folder": folder.path}
         takes = inspect.signature(made.func).parameters
         made = made(**{key: value for key, value in known.items() if key in takes})
     progress = ConsoleLogger(epochs=config.trainer.epochs, console=console)
-    return Many([JsonlLogger(folder.path / "metrics.jsonl"), made, progress])
+    return Many([ledger, JsonlLogger(folder.path / "metrics.jsonl"), made, progress])
 
 
 def _resume(session: Session) -> None:
@@ -262,7 +290,8 @@ def _stopping_politely(trainer: Trainer) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _draw_curves(session: Session) -> None:
+def draw_curves(session: Session) -> None:
+    """Save the learning curves of a run that was evaluated while it trained, as curves.png."""
     rows = [
         {name.removeprefix("evaluation/"): value for name, value in row.items()}
         for callback in session.trainer.callbacks.values()
@@ -283,7 +312,7 @@ def first_robust_error(results: Mapping[str, Any]) -> float:
     return float("nan")
 
 
-def _remove_if_empty(path: Path) -> None:
+def remove_if_empty(path: Path) -> None:
     """Take back the folders that Hydra made for a run that never began."""
     for folder in (path, path.parent):
         try:

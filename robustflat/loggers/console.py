@@ -79,7 +79,7 @@ def _described(shown: Scalars) -> str:
     if "images_per_second" in shown:
         texts.append(f"{shown['images_per_second']:,.0f} images/s")
     if "seconds_left" in shown:
-        texts.append(f"{_duration(shown['seconds_left'])} left")
+        texts.append(f"{duration(shown['seconds_left'])} left")
     return "  ".join(texts)
 
 
@@ -88,7 +88,8 @@ def _formatted(name: str, value: float) -> str:
     return f"{name} {value:.1%}" if name.endswith("error") else f"{name} {value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as "1:05" or "2:03:04"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -40,10 +40,10 @@ class JsonlLogger(Null):
         if self.timings_path == self.path:
             raise UserError(f"the metrics file must not be called {TIMINGS}, which is for the timings beside it.")
         self._files: dict[Path, TextIO] = {}
-        _writing(self.path, lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
+        writing(self.path, lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
         for file in (self.path, self.timings_path):
             if file.exists():
-                _writing(file, partial(_keep_lines, file, lambda line: True))
+                writing(file, partial(_keep_lines, file, lambda line: True))
 
     def log(self, metrics: Scalars, *, step: int) -> None:
         """Append a line to each of the two files that has something to hold.
@@ -66,7 +66,7 @@ class JsonlLogger(Null):
         self._close()
         for path in (self.path, self.timings_path):
             if path.exists():
-                _writing(path, partial(_keep_lines, path, lambda line: bool(line["step"] <= step)))
+                writing(path, partial(_keep_lines, path, lambda line: bool(line["step"] <= step)))
 
     def finish(self, status: str) -> None:
         """Close the files."""
@@ -81,7 +81,7 @@ class JsonlLogger(Null):
             self._files[path].write(text + "\n")
             self._files[path].flush()
 
-        _writing(path, write)
+        writing(path, write)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -132,10 +132,11 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(raw)
     after = b"".join(raw + b"\n" for raw in kept)
     if after != before:
-        _replace(path, after)
+        replace_file(path, after)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -147,7 +148,12 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _writing(path: Path, action: Callable[[], object]) -> None:
+def writing(path: Path, action: Callable[[], object]) -> None:
+    """Do something that writes a file.
+
+    Raises:
+        UserError: in place of an `OSError`.
+    """
     try:
         action()
     except OSError as error:

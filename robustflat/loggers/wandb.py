@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import pandas as pd
+
 from robustflat.errors import require_one_of
 from robustflat.loggers.base import Null
 from robustflat.types import Scalars
@@ -88,6 +90,16 @@ class WandbLogger(Null):
     def summary(self, metrics: Scalars) -> None:
         """Put the final numbers into the run's summary, which W&B's tables show."""
         self._guard(lambda: self._run.summary.update(dict(metrics)))
+
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        """Log a table that W&B shows, sorts and plots; numbers stay numbers, anything missing is empty."""
+
+        def send() -> None:
+            plain = table.astype(object).where(table.notna(), None)
+            made = importlib.import_module("wandb").Table(columns=[str(c) for c in plain], data=plain.values.tolist())
+            self._run.log({name: made})
+
+        self._guard(send)
 
     def finish(self, status: str) -> None:
         """Upload what is left and close; "failed" and "interrupted" runs are marked as such."""

@@ -13,13 +13,13 @@ from plotly.subplots import make_subplots
 
 from robustflat.reporting.landscape_plots import (
     COLOURS,
-    Lines,
     Values,
     band_note,
     positive_range,
     require_drawable,
     summary,
 )
+from robustflat.reporting.records import Lines
 
 _CONFIG = {
     "displaylogo": False,

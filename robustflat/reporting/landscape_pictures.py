@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from robustflat.errors import UserError
 from robustflat.reporting.landscape_html import lines_page, planes_page
-from robustflat.reporting.landscape_plots import Lines, landscape_lines, landscape_planes
+from robustflat.reporting.landscape_plots import landscape_lines, landscape_planes
+from robustflat.reporting.records import Lines
 
 
 class Measured(Lines, Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,9 +13,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from robustflat.errors import UserError
+from robustflat.reporting.records import Lines
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours: told apart by the colour-blind."""
@@ -27,25 +27,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One per network, so that curves can be told apart in grey too."""
 
 _FORMATS = (".png", ".svg")
-
-
-class Lines(Protocol):
-    """Steps (S,), and losses and errors (D, S) along D directions, or (S, S) on a plane."""
-
-    @property
-    def steps(self) -> Tensor:
-        """Positions on the axis."""
-        ...
-
-    @property
-    def losses(self) -> Tensor:
-        """Mean loss, nats."""
-        ...
-
-    @property
-    def errors(self) -> Tensor:
-        """Fraction misclassified."""
-        ...
 
 
 Values = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
+from torch import Tensor
 
 LEDGER_COLUMNS = ("phase", "forwards", "backwards", "images", "seconds", "images_per_second", "peak_memory_mib")
 """Columns of a compute ledger: passes are counted in batches, memory is the peak of the process or the device."""
+
+
+class Lines(Protocol):
+    """Steps (S,), and losses and errors (D, S) along D directions, or (S, S) on a plane."""
+
+    @property
+    def steps(self) -> Tensor:
+        """Positions on the axis."""
+        ...
+
+    @property
+    def losses(self) -> Tensor:
+        """Mean loss, nats."""
+        ...
+
+    @property
+    def errors(self) -> Tensor:
+        """Fraction misclassified."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,9 @@ class RunRecord:
         provenance: commit, versions, command, hardware, as in provenance.json.
         warnings: sentences of the sanity checks.
         early_stopped: tidy rows of the early-stopped snapshot are in `table` under this checkpoint name; "" if none.
+        curvature: of the Hessian, with the keys of `SpectrumResult.to_dict`, such as "value" (largest eigenvalue) and
+            "non_convexity"; may be empty.
+        landscapes: name of the landscape, such as "random directions" -> losses along lines; may be empty.
     """
 
     run_id: str
@@ -49,3 +72,38 @@ class RunRecord:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     early_stopped: str = ""
+    curvature: Mapping[str, Any] = field(default_factory=dict)
+    landscapes: Mapping[str, Lines] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and the networks that are to answer it; what `write_report` makes a page of.
+
+    Attributes:
+        title: of the page.
+        question: in one sentence.
+        runs: the networks, in any order; failed and partial ones too.
+        dataset: data set in words, such as "CIFAR-10"; "" to leave it out.
+        attack: threat model and attack of the robust loss in words; "" for the names found in the tables.
+        parameters: which weights the flatness measures displace, in words; "" to leave it out.
+        classes: number of classes K; None: as many as the tables have errors by class.
+        measures: overrides which attack or measure plays a part: "robust_loss", "robust_error", "average", "worst",
+            "average_clean" -> name in the column measure. What is left out is chosen from the tables.
+        checkpoint: whose numbers are compared.
+        group_edges: robust errors in [0, 1], ascending, that separate good, average, poor (and worse) networks; ():
+            30th and 70th percentile.
+        notes: sentences shown under the answer.
+    """
+
+    title: str
+    question: str
+    runs: Sequence[RunRecord]
+    dataset: str = ""
+    attack: str = ""
+    parameters: str = ""
+    classes: int | None = None
+    measures: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = "last"
+    group_edges: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,155 @@
+"""Static figures by matplotlib, the twins of the interactive ones, for papers and the README."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from robustflat.errors import UserError
+from robustflat.reporting.drawing import LIGHT, Arrows, Bars, Drawing, Item, Line, Points, Rule, Style
+
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+_DASHES = ("-", "--", ":", "-.")
+_INK = "#222222"
+_LEGEND_ROWS = 14
+
+
+def figure_of(drawing: Drawing) -> Figure:
+    """A figure on a white page, 6.4 inches wide, with a legend beside it where there are many names."""
+    rows = max((len(item.names) for item in drawing.items if isinstance(item, Bars)), default=0)
+    named = len({item.name for item in drawing.items if not isinstance(item, Bars | Rule) and item.name})
+    width = 6.4 + (2.4 * -(-named // 24) if named > _LEGEND_ROWS else 0)
+    figure = Figure(figsize=(width, 1.1 + 0.24 * rows if rows else 4.4), layout="constrained")
+    axes = figure.subplots()
+    draw(drawing, axes)
+    if named > _LEGEND_ROWS:
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False, ncols=-(-named // 24))
+    elif named:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw(drawing: Drawing, axes: Axes) -> None:
+    """Draw into axes that there are, without legend and title."""
+    for item in drawing.items:
+        _draw(item, axes)
+    axes.set(xlabel=_plain_text(drawing.x), ylabel=_plain_text(drawing.y))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, folder: Path, key: str) -> list[Path]:
+    """Write `<key>.svg` and `<key>.png`, each whole or not at all; equal figures give equal files.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    written = []
+    make_folder(folder)
+    for suffix in ("svg", "png"):
+        final = folder / f"{key}.{suffix}"
+        unfinished = folder / f".{key}.{os.getpid()}.{suffix}"
+        try:
+            with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}), warnings.catch_warnings():
+                # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+                figure.savefig(unfinished, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
+            os.replace(unfinished, final)
+        except OSError as error:
+            raise UserError(f"Cannot write {final}: {error.strerror or error}.") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        written.append(final)
+    return written
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder if needed.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror or error}.") from error
+
+
+def _draw(item: Item, axes: Axes) -> None:
+    if isinstance(item, Points):
+        _points(item, axes)
+    elif isinstance(item, Line):
+        colour = _colour(item.style)
+        axes.plot(item.x, item.y, _DASHES[item.style.shape % len(_DASHES)], color=colour, label=_label(item.name))
+        if item.low:
+            axes.fill_between(item.x, item.low, item.high, color=colour, alpha=0.15, linewidth=0)
+    elif isinstance(item, Bars):
+        _bars(item, axes)
+    elif isinstance(item, Arrows):
+        _arrows(item, axes)
+    elif item.axis == "x":
+        axes.axvline(item.at, color="0.5", linestyle=":", linewidth=0.9)
+        axes.annotate(_plain_text(item.text), (item.at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
+                      xytext=(2, -2), textcoords="offset points", va="top")  # fmt: skip
+    else:
+        axes.axhline(item.at, color="0.5", linestyle=":", linewidth=0.9)
+        axes.annotate(_plain_text(item.text), (1, item.at), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
+                      ha="right", va="bottom")  # fmt: skip
+
+
+def _points(item: Points, axes: Axes) -> None:
+    errors: dict[str, Any] = {}
+    if item.x_error and np.isfinite(item.x_error).any():
+        errors["xerr"] = np.nan_to_num(item.x_error)
+    if item.y_error and np.isfinite(item.y_error).any():
+        errors["yerr"] = np.nan_to_num(item.y_error)
+    axes.errorbar(
+        item.x, item.y, **errors, color=_colour(item.style), label=_label(item.name), elinewidth=0.7,
+        marker=_MARKERS[item.style.shape % len(_MARKERS)], markersize=5,
+        markeredgecolor="white", markeredgewidth=0.5, linestyle="-" if item.joined else "none", linewidth=1.2,
+    )  # fmt: skip
+
+
+def _bars(item: Bars, axes: Axes) -> None:
+    places = np.arange(len(item.names))
+    values = np.array(item.values)
+    spread = np.nan_to_num(np.array([values - np.array(item.low), np.array(item.high) - values])).clip(min=0)
+    bars = axes.barh(places, values, xerr=spread, color=LIGHT[0], height=0.6, error_kw={"elinewidth": 1})
+    for bar, strong in zip(bars, item.strong, strict=True):
+        if not strong:
+            bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
+    axes.set_yticks(places, [_plain_text(name) for name in item.names], fontsize=7)
+    axes.invert_yaxis()
+
+
+def _arrows(item: Arrows, axes: Axes) -> None:
+    colour = _colour(item.style)
+    for x0, y0, x1, y1 in zip(item.x, item.y, item.to_x, item.to_y, strict=True):
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 0.9})
+    # The arrows do not move the limits of the axes by themselves.
+    axes.plot([*item.x, *item.to_x], [*item.y, *item.to_y], "none")
+    axes.plot(item.x, item.y, "o", markersize=3, color=colour, label=_label(item.name))
+
+
+def _colour(style: Style) -> str:
+    return _INK if style.colour is None else LIGHT[style.colour % len(LIGHT)]
+
+
+def _label(name: str) -> str | None:
+    """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
+    text = _plain_text(name)
+    return None if not name else f" {text}" if text.startswith("_") else text
+
+
+def _plain_text(text: str) -> str:
+    """A dollar would start a formula."""
+    return text.replace("$", r"\$")
