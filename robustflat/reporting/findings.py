@@ -87,7 +87,8 @@ def _held_fixed(material: Material) -> Iterator[Correlation]:
             if len(some):
                 held = {words(material, control): some[control]}
                 yield partial_correlation(some[x], some[y], held, names=names, clusters=_units(some))
-        yield within_family(part[x], part[y], part["family"], names=names, clusters=_units(part))
+        if part["family"].duplicated().any():
+            yield within_family(part[x], part[y], part["family"], names=names, clusters=_units(part))
         yield across_families(part[x], part[y], part["family"], names=names)
 
 
