@@ -137,7 +137,7 @@ def test_tables_filter_by_search_and_by_column(opened: Opened) -> None:
     page.wait_for_function("document.querySelectorAll('table[data-table=runs] tbody tr').length === 1")
     assert opened.column("runs", 1) == ["TRADES 6"]
     search.fill("")
-    column = page.locator("table[data-table=runs] thead tr:nth-child(2) th:nth-child(2) input")
+    column = page.locator("table[data-table=runs] thead tr:nth-child(2) td:nth-child(2) input")
     column.fill("Method 20")
     page.wait_for_function("document.querySelectorAll('table[data-table=runs] tbody tr').length === 9")
     assert set(opened.column("runs", 2)) == {"Method 20"}
@@ -151,7 +151,7 @@ def test_columns_of_numbers_filter_by_value(opened: Opened) -> None:
         "[...document.querySelectorAll('table[data-table=runs] thead tr:first-child th')]"
         ".findIndex((th) => th.innerText.trim().startsWith('RLoss (nats)'))"
     )
-    box = page.locator(f"table[data-table=runs] thead tr:nth-child(2) th:nth-child({index + 1})")
+    box = page.locator(f"table[data-table=runs] thead tr:nth-child(2) td:nth-child({index + 1})")
     box.locator("select").select_option("greater")
     box.locator("input").fill("2.5")
     page.wait_for_function(
