@@ -121,7 +121,7 @@ def provenance_table(material: Material) -> ReportTable | Missing:
     told = dict.fromkeys(quantity.name for quantity in wanted)
     firsts = [next(quantity for quantity in wanted if quantity.name == name) for name in told]
     lines = [
-        _provenance(material.study.runs[int(position)], quantity, row)
+        _provenance(material.study.runs[int(str(position))], quantity, row)
         for quantity in firsts
         for position, row in material.pool.find(quantity).to_dict("index").items()
     ]

@@ -224,3 +224,11 @@ def early_stopping(material: Material) -> Drawing | Missing:
     caption = "Arrows point from the last network to the early-stopped one."
     caption += "" if moved else " Flatness of early-stopped networks is not known, so arrows are vertical."
     return Drawing(key, title, caption, reading, material.title("average"), material.title("robust_loss"), tuple(items))
+
+
+def main_drawings(material: Material) -> tuple[Drawing | Missing, Drawing | Missing]:
+    """The two figures that answer the question: RLoss against average- and against worst-case flatness."""
+    return (
+        scatter(material, "rloss_average", "average", "robust_loss", title="RLoss against average-case flatness"),
+        scatter(material, "rloss_worst", "worst", "robust_loss", title="RLoss against worst-case flatness"),
+    )
