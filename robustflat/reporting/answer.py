@@ -12,7 +12,6 @@ from robustflat.reporting.correlation import Correlation, p_text
 from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.findings import Findings
 from robustflat.reporting.quantities import Quantity
-from robustflat.reporting.records import Study
 from robustflat.reporting.study_plots import Material
 
 RISE = (
@@ -100,7 +99,7 @@ def _number(result: Correlation) -> Number:
 def _facts(material: Material) -> tuple[tuple[str, str], ...]:
     study, quantities = material.study, material.quantities
     facts = [("Data set", study.dataset), ("Networks", _networks(material))]
-    rows = {key: _rows(study, quantities[key]) for key in ("robust_loss", "robust_error", "average", "worst")
+    rows = {key: _rows(material, quantities[key]) for key in ("robust_loss", "robust_error", "average", "worst")
             if key in quantities}  # fmt: skip
     examples = {key: _examples(rows[key]) for key in rows}
     same = set(examples.values())
@@ -140,9 +139,9 @@ def _networks(material: Material) -> str:
     return kept + told + (f"; {plural(lost, 'failed run')} left out" if lost else "")
 
 
-def _rows(study: Study, quantity: Quantity) -> pd.DataFrame:
-    rows = [row for run in study.runs if run.status != "failed" and (row := quantity.row(run)) is not None]
-    return pd.DataFrame(rows)
+def _rows(material: Material, quantity: Quantity) -> pd.DataFrame:
+    rows = material.pool.find(quantity)
+    return rows[rows.index.isin(material.runs.index)]
 
 
 def _title(quantity: Quantity) -> str:

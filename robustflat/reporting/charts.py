@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 from robustflat.reporting.drawing import DASHES, SYMBOLS, Arrows, Bars, Drawing, Line, Points, Rule, Style
 
@@ -152,7 +152,7 @@ def _lay_out(figure: go.Figure, drawing: Drawing) -> None:
 def _without_colour_checks(figure: go.Figure) -> dict[str, Any]:
     """The figure as plain values, with tokens where plotly's own checks would only let colours pass."""
     plain: dict[str, Any] = figure.to_plotly_json()
-    made = {"data": [dict(trace) for trace in plain["data"]], "layout": dict(plain["layout"])}
+    made: dict[str, Any] = {"data": [dict(trace) for trace in plain["data"]], "layout": dict(plain["layout"])}
     made["layout"].pop("template", None)
     made["layout"] |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": TEXT}}
     made["layout"]["hoverlabel"] = {"bgcolor": PAGE, "bordercolor": MUTED, "font": {"color": TEXT}, "align": "left"}

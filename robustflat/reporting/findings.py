@@ -87,7 +87,8 @@ def _held_fixed(material: Material) -> Iterator[Correlation]:
             if len(some):
                 held = {words(material, control): some[control]}
                 yield partial_correlation(some[x], some[y], held, names=names, clusters=_units(some))
-        yield within_family(part[x], part[y], part["family"], names=names, clusters=_units(part))
+        if part["family"].duplicated().any():
+            yield within_family(part[x], part[y], part["family"], names=names, clusters=_units(part))
         yield across_families(part[x], part[y], part["family"], names=names)
 
 
@@ -109,11 +110,11 @@ def _shown(line: Mapping[object, object]) -> dict[str, object]:
 def measures(material: Material) -> tuple[Drawing | Missing, ReportTable | Missing]:
     """Correlation of RLoss with every measure that was taken, corrected for their number: bars and table."""
     title, reason = "RLoss against every flatness measure", ""
-    wanted = measures_of(material.study)
+    wanted = measures_of(material.pool)
     if "robust_loss" not in material.quantities or not wanted:
         reason = "No run has both RLoss and a flatness measure."
         return Missing("measures", title, reason), Missing("all_measures", "All measures", reason)
-    frame = run_frame(material.study, [material.quantities["robust_loss"], *wanted])
+    frame = run_frame(material.pool, [material.quantities["robust_loss"], *wanted])
     frame = frame[frame["status"] != "failed"]
     titles = {quantity.key: quantity.title for quantity in wanted} | {"robust_loss": "RLoss"}
     keys = [quantity.key for quantity in wanted]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import itables
-import plotly.offline
+import plotly.offline  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 

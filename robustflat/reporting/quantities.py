@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from robustflat.errors import UserError
 from robustflat.reporting import columns as named_columns
-from robustflat.reporting.records import RunRecord, Study
+from robustflat.reporting.records import Study
 
 GROUPS = ("good", "average", "poor", "worse")
 """Groups of networks by robust error, as in Table 1 of Stutz et al. (ICCV 2021)."""
@@ -39,11 +39,6 @@ class Quantity:
     title: str
     name: str
     scale: float = 1.0
-
-    def row(self, run: RunRecord) -> pd.Series | None:
-        """The row of a run's table that holds the number, the last if there are several; None without one."""
-        rows = named_columns.quantity(self.name).rows(run)
-        return None if rows.empty else rows.iloc[-1]
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,37 @@ def all_rows(study: Study) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def quantities(study: Study) -> dict[str, Quantity]:
+class Pool:
+    """The rows of a study's runs, read together: a quantity of 200 runs is one selection."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.rows = all_rows(study)
+        by_name: dict[str, list[int]] = {}
+        for position, run in enumerate(study.runs):
+            if len(run.table):
+                by_name.setdefault(run.early_stopped, []).append(position)
+        # Runs differ in what they call the early-stopped network, so those that agree are read as one record.
+        self._records = [replace(study.runs[some[0]], table=self._joined(some)) for some in by_name.values()]
+        self._known: dict[str, pd.DataFrame] = {}
+
+    def _joined(self, positions: Sequence[int]) -> pd.DataFrame:
+        return pd.concat([self.study.runs[i].table.assign(run=i) for i in positions], ignore_index=True)
+
+    def find(self, quantity: Quantity) -> pd.DataFrame:
+        """The row of each run that holds a quantity, the last if there are several, indexed by the run's position."""
+        if quantity.name not in self._known:
+            wanted = named_columns.quantity(quantity.name)
+            found = [rows for record in self._records if len(rows := wanted.rows(record))]
+            joined = pd.concat(found) if found else pd.DataFrame(columns=["run", *_NUMBERS])
+            self._known[quantity.name] = joined.drop_duplicates("run", keep="last").set_index("run").sort_index()
+        return self._known[quantity.name]
+
+
+_NUMBERS = ("value", "stderr")
+
+
+def quantities(pool: Pool) -> dict[str, Quantity]:
     """Key -> quantity, for all that some run has.
 
     Attacks and measures are those that `study.measures` names, or else: the attack of RErr is AutoAttack where it
@@ -98,24 +123,25 @@ def quantities(study: Study) -> dict[str, Quantity]:
     Raises:
         UserError: if `study.measures` names a part that there is none of, or a measure that no run has.
     """
-    rows = all_rows(study)
-    if rows.empty:
+    study = pool.study
+    if pool.rows.empty:
         return {}
     unknown = set(study.measures) - {part.role for part in _PARTS.values() if part.role}
     if unknown:
         allowed = ", ".join(sorted({part.role for part in _PARTS.values() if part.role}))
         raise UserError(f"Study.measures has no part {', '.join(sorted(unknown))}. Allowed: {allowed}.")
-    found = {key: _found(study, rows, key, part) for key, part in _PARTS.items()}
+    found = {key: _found(pool, key, part) for key, part in _PARTS.items()}
     return {key: quantity for key, quantity in found.items() if quantity is not None}
 
 
-def _found(study: Study, rows: pd.DataFrame, key: str, part: _Part) -> Quantity | None:
+def _found(pool: Pool, key: str, part: _Part) -> Quantity | None:
+    study, rows = pool.study, pool.rows
     kept = rows[(rows["kind"] == part.kind) & (rows["metric"] == part.metric)]
     measure = _measure(study, kept, part.role) if part.role else "clean"
     checkpoint = "early_stopped" if part.stopped else study.checkpoint
     name = f"{measure} {part.metric} ({part.split}) @{checkpoint}"
     quantity = Quantity(key, part.title, name, 100.0 if part.metric.endswith("error") else 1.0)
-    return quantity if measure and any(quantity.row(run) is not None for run in study.runs) else None
+    return quantity if measure and len(pool.find(quantity)) else None
 
 
 def _measure(study: Study, rows: pd.DataFrame, role: str) -> str:
@@ -141,9 +167,9 @@ def _commonest(names: pd.Series[str]) -> str:
     return str(counts.idxmax()) if len(counts) else ""
 
 
-def measures_of(study: Study) -> list[Quantity]:
+def measures_of(pool: Pool) -> list[Quantity]:
     """All flatness measures that some run has, on test and on training examples, in the order of the tables."""
-    rows = all_rows(study)
+    rows, study = pool.rows, pool.study
     if rows.empty:
         return []
     kept = rows[(rows["metric"] == "flatness") & (rows["checkpoint"] == study.checkpoint)]
@@ -152,25 +178,25 @@ def measures_of(study: Study) -> list[Quantity]:
         for measure in dict.fromkeys(kept["measure"].dropna()):
             name = f"{measure} flatness ({split}) @{study.checkpoint}"
             quantity = Quantity(f"{measure} {split}", f"{measure}, {split}", name)
-            if any(quantity.row(run) is not None for run in study.runs):
+            if len(pool.find(quantity)):
                 found.append(quantity)
     return found
 
 
-def run_frame(study: Study, wanted: Sequence[Quantity]) -> pd.DataFrame:
+def run_frame(pool: Pool, wanted: Sequence[Quantity]) -> pd.DataFrame:
     """One line for each run: run_id, experiment, label, family, seed, status, group, and key, key_stderr of quantities.
 
     Errors are in percent, losses and flatness in nats; gap_robust_loss and gap_robust_error are test minus train.
     Numbers that are missing or not finite are NaN.
     """
-    numbered = {f"q{i}": quantity for i, quantity in enumerate(wanted)}
-    read = named_columns.columns(study.runs, **{column: quantity.name for column, quantity in numbered.items()})
-    made = {name: read[name] for name in named_columns.IDENTITY}
-    made["status"] = pd.Series([run.status for run in study.runs], dtype="str")
-    for column, quantity in numbered.items():
-        for ending in ("", "_stderr"):
-            values = read[column + ending].replace([math.inf, -math.inf], math.nan)
-            made[quantity.key + ending] = values * quantity.scale
+    runs = pool.study.runs
+    made = {name: pd.Series([getattr(run, name) for run in runs], dtype="Int64" if name == "seed" else "str")
+            for name in (*named_columns.IDENTITY, "status")}  # fmt: skip
+    for quantity in wanted:
+        rows = pool.find(quantity)
+        for ending, column in zip(("", "_stderr"), _NUMBERS, strict=True):
+            values = rows[column].astype("float64").replace([math.inf, -math.inf], math.nan)
+            made[quantity.key + ending] = values.reindex(range(len(runs))) * quantity.scale
     for metric in ("robust_loss", "robust_error"):
         if {metric, f"train_{metric}"} <= set(made):
             made[f"gap_{metric}"] = made[metric] - made[f"train_{metric}"]
@@ -178,7 +204,7 @@ def run_frame(study: Study, wanted: Sequence[Quantity]) -> pd.DataFrame:
             made[f"gap_{metric}_stderr"] = squares**0.5
     frame = pd.DataFrame(made)
     errors = made.get("robust_error", pd.Series(math.nan, index=frame.index, dtype="float64"))
-    edges = group_edges(study, errors)
+    edges = group_edges(pool.study, errors)
     return frame.assign(group=[group_of(float(error), edges) for error in errors])
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
 from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.drawing import Missing
 from robustflat.reporting.numbers import DASH, number, with_error
-from robustflat.reporting.quantities import Quantity, measures_of, run_frame
+from robustflat.reporting.quantities import Quantity, measures_of
 from robustflat.reporting.records import LEDGER_COLUMNS, RunRecord, Study
 from robustflat.reporting.study_plots import Material
 
@@ -89,7 +90,7 @@ def runs_table(material: Material) -> ReportTable | Missing:
     title, study = "All runs", material.study
     if not study.runs:
         return Missing("runs", title, "There are no runs.")
-    frame = run_frame(study, list(material.quantities.values()))
+    frame = material.all
     shown = [key for key in _RUN_QUANTITIES if key in frame and frame[key].notna().any()]
     texts = {"label": "model", "family": "family", "group": "group", "seed": "seed", "status": "status",
              "experiment": "experiment", "run_id": "run"}  # fmt: skip
@@ -116,10 +117,14 @@ def _with_error_cell(value: float, error: float) -> Cell:
 def provenance_table(material: Material) -> ReportTable | Missing:
     """One line for each number of the page: which run and network, how it was measured, by which code."""
     title = "Provenance of every number"
-    wanted = [*material.quantities.values(), *measures_of(material.study)]
+    wanted = [*material.quantities.values(), *measures_of(material.pool)]
     told = dict.fromkeys(quantity.name for quantity in wanted)
     firsts = [next(quantity for quantity in wanted if quantity.name == name) for name in told]
-    lines = [line for quantity in firsts for run in material.study.runs if (line := _provenance(run, quantity))]
+    lines = [
+        _provenance(material.study.runs[int(str(position))], quantity, row)
+        for quantity in firsts
+        for position, row in material.pool.find(quantity).to_dict("index").items()
+    ]
     if not lines:
         return Missing("provenance", title, "No run has a number yet.")
     full = pd.DataFrame(lines).astype({"seed": "Int64", "epoch": "Int64", "count": "Int64"})
@@ -135,13 +140,8 @@ def provenance_table(material: Material) -> ReportTable | Missing:
     return replace(made, frame=full)
 
 
-def _provenance(run: RunRecord, quantity: Quantity) -> dict[str, object]:
-    row = quantity.row(run)
-    if row is None:
-        return {}
-    value, error = (
-        float(row[name]) * quantity.scale if pd.notna(row[name]) else math.nan for name in ("value", "stderr")
-    )
+def _provenance(run: RunRecord, quantity: Quantity, row: Mapping[Any, Any]) -> dict[str, object]:
+    value, error = (float(row[n]) * quantity.scale if pd.notna(row[n]) else math.nan for n in ("value", "stderr"))
     said = {name: row[name] for name in (*_SAID, *_SAID_OF_RUN)}
     return {
         "run": run.run_id, "model": run.label, "seed": run.seed, "number": quantity.title, "value": value,

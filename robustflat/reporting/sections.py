@@ -18,7 +18,14 @@ from robustflat.reporting.report_tables import (
     runs_table,
     warnings_of,
 )
-from robustflat.reporting.study_plots import Material, early_stopping, error_against_loss, scatter, trajectories
+from robustflat.reporting.study_plots import (
+    Material,
+    early_stopping,
+    error_against_loss,
+    main_drawings,
+    scatter,
+    trajectories,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def sections_of(material: Material, found: Findings) -> list[Section]:
     bars, table = measures(material)
     sure = (correlations_table(found), table)
     return [
-        Section("flatness", "Flatness and robust loss", figures=_flatness(material), highlight=True),
+        Section("flatness", "Flatness and robust loss", figures=main_drawings(material), highlight=True),
         Section("certainty", "How sure, and other measures", figures=(bars,), tables=sure),
         Section("models", "Robust error, families, generalisation gap, early stopping", figures=_models(material)),
         Section(
@@ -64,13 +71,6 @@ def sections_of(material: Material, found: Findings) -> list[Section]:
         Section("reproduction", "Reproduction of the paper", tables=(ledger_table(study),)),
         Section("numbers", "Provenance and cost", tables=(provenance_table(material), compute_table(study))),
     ]
-
-
-def _flatness(material: Material) -> tuple[Drawing | Missing, ...]:
-    return (
-        scatter(material, "rloss_average", "average", "robust_loss", title="RLoss against average-case flatness"),
-        scatter(material, "rloss_worst", "worst", "robust_loss", title="RLoss against worst-case flatness"),
-    )
 
 
 def _models(material: Material) -> tuple[Drawing | Missing, ...]:

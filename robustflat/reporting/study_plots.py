@@ -16,6 +16,7 @@ from robustflat.reporting.drawing import Arrows, Drawing, Item, Line, Missing, P
 from robustflat.reporting.numbers import with_error
 from robustflat.reporting.quantities import (
     GROUPS,
+    Pool,
     Quantity,
     class_count,
     group_edges,
@@ -37,15 +38,18 @@ class Material:
     Attributes:
         study: what is shown.
         quantities: key -> quantity.
-        runs: `quantities.run_frame` of the runs that did not fail.
+        pool: their rows.
+        all: `quantities.run_frame` of all runs.
+        runs: of those that did not fail.
         models: `quantities.model_frame`: means over seeds.
     """
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.quantities: Mapping[str, Quantity] = quantities(study)
-        frame = run_frame(study, list(self.quantities.values()))
-        self.runs = frame[frame["status"] != "failed"]
+        self.pool = Pool(study)
+        self.quantities: Mapping[str, Quantity] = quantities(self.pool)
+        self.all = run_frame(self.pool, list(self.quantities.values()))
+        self.runs = self.all[self.all["status"] != "failed"]
         self.models = model_frame(study, self.runs)
 
     def title(self, key: str) -> str:
@@ -220,3 +224,11 @@ def early_stopping(material: Material) -> Drawing | Missing:
     caption = "Arrows point from the last network to the early-stopped one."
     caption += "" if moved else " Flatness of early-stopped networks is not known, so arrows are vertical."
     return Drawing(key, title, caption, reading, material.title("average"), material.title("robust_loss"), tuple(items))
+
+
+def main_drawings(material: Material) -> tuple[Drawing | Missing, Drawing | Missing]:
+    """The two figures that answer the question: RLoss against average- and against worst-case flatness."""
+    return (
+        scatter(material, "rloss_average", "average", "robust_loss", title="RLoss against average-case flatness"),
+        scatter(material, "rloss_worst", "worst", "robust_loss", title="RLoss against worst-case flatness"),
+    )
