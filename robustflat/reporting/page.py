@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import plotly.offline  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustflat import __version__
 from robustflat.errors import UserError
 from robustflat.reporting import figures
 from robustflat.reporting.answer import answer_of
@@ -163,7 +163,7 @@ def _assets() -> dict[str, Any]:
     css, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     bundle = resources.files(itables) / "html"
     return {
-        "version": __version__,
+        "version": version("robustflat"),
         "css": Markup(css),
         "script": Markup(f"const PALETTES = {_json(_SCHEMES)};\n{script}"),
         "palette": Markup(_palette()),
