@@ -24,6 +24,7 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
 from robustflat.apps.config import digest, identity, resolved
+from robustflat.apps.explain import print_method
 from robustflat.apps.measure import measure
 from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
@@ -67,7 +68,8 @@ def job(config: DictConfig) -> float:
         config: the composed configuration.
 
     Returns:
-        Robust error on the test split by the evaluation's first attack: what a sweeper may minimise.
+        Robust error on the test split by the evaluation's first attack: what a sweeper may minimise. With
+        `explain=true` nothing is trained or written; NaN then.
 
     Raises:
         UserError: for whatever is wrong with configuration, data, checkpoint or folder.
@@ -76,6 +78,10 @@ def job(config: DictConfig) -> float:
     path = Path(context.runtime.output_dir)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if config.explain:
+            print_method(config, console)
+            _remove_if_empty(path)
+            return float("nan")
         results = run(config, path, command=list(context.overrides.task), console=console)
     except UserError as error:
         _remove_if_empty(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from robustflat.attacks.judging import (
     select,
 )
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
 from robustflat.types import Attack, Forward, Found, Objective
 
 
@@ -64,6 +66,13 @@ class Restarts:
             new = self.attack(forward, x, y, objective, generator)
             best = select(improves(new, best, self.keep), new, best)
         return best
+
+    def explain(self) -> Explanation:
+        """The inner attack, n times."""
+        inner = explanation_of(self.attack)
+        return replace(
+            inner, formula=f"{inner.formula}; best of R = {self.n} runs", cost=inner.cost.times(self.n, "R", R=self.n)
+        )
 
 
 class WorstOf:
@@ -109,6 +118,17 @@ class WorstOf:
         assert best is not None
         return best
 
+    def explain(self) -> Explanation:
+        """All inner attacks, one after the other; the upper bound has a judging pass for each."""
+        inner = [explanation_of(attack) for attack in self.attacks.values()]
+        cost = NOTHING
+        for part in inner:
+            cost = cost + part.cost
+            if not self._comparable:
+                cost = replace(cost + FORWARD, at_most=True)  # none where the call names an objective
+        sources = dict.fromkeys(part.source for part in inner if part.source)
+        return Explanation(f"x' = worst of {', '.join(self.attacks)}", "; ".join(sources), cost)
+
 
 class Fraction:
     """Attacks a part of the batch: the first int((1 - fraction) * B) images stay clean, the rest is attacked.
@@ -146,6 +166,15 @@ class Fraction:
         first = judge(forward, x[:clean], y[:clean], objective or self.objective, targeted=self.targeted)
         rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
         return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
+
+    def explain(self) -> Explanation:
+        """The inner attack on a share q of the batch, and a pass over the clean rest."""
+        inner, q = explanation_of(self.attack), self.fraction
+        cost = inner.cost.times(q, "q", q=q)
+        if q < 1:
+            cost = FORWARD.times(1 - q, "(1 - q)", q=q) + cost
+        formula = f"x' = x for the first (1 - q) B images, q = {q:g}; for the rest {inner.formula}"
+        return Explanation(formula, "Goodfellow et al., ICLR 2015; Stutz et al., ICCV 2021", cost)
 
 
 class PredictedLabels:
@@ -185,6 +214,12 @@ class PredictedLabels:
         found = self.attack(forward, x, predicted, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective)
 
+    def explain(self) -> Explanation:
+        """A prediction, the inner attack on it, and a pass that judges the result by the true labels."""
+        inner = explanation_of(self.attack)
+        formula = f"{inner.formula}, with y <- argmax f(x)"
+        return Explanation(formula, "Kurakin et al., ICLR 2017", FORWARD + inner.cost + FORWARD)
+
 
 class OnlyCorrect:
     """Leaves images clean that the model already has wrong (right, for a targeted attack: where it is reached).
@@ -214,6 +249,12 @@ class OnlyCorrect:
         clean = judge(forward, x, y, objective or self.objective, targeted=self.targeted)
         return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
 
+    def explain(self) -> Explanation:
+        """A pass over the clean images, and the inner attack."""
+        inner = explanation_of(self.attack)
+        formula = f"x' = x where argmax f(x) != y; elsewhere {inner.formula}"
+        return Explanation(formula, 'Stutz et al., ICCV 2021 ("ignore incorrect")', FORWARD + inner.cost)
+
 
 class Transfer:
     """Searches on a source model and judges the result on the model of the call.
@@ -242,3 +283,9 @@ class Transfer:
         """Images x (B, C, H, W) attacked on the source, judged by `forward`; see `types.Attack`."""
         found = self.attack(self.source, x, y, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective, targeted=self.targeted)
+
+    def explain(self) -> Explanation:
+        """One pass that judges; the search's passes go through the source network."""
+        inner = explanation_of(self.attack)
+        note = f"besides, through the source network: {inner.cost}"
+        return replace(inner, formula=f"{inner.formula}, with f the source network", cost=FORWARD, note=note)

@@ -13,14 +13,12 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from robustflat.apps.build import build
 from robustflat.apps.check import check
 from robustflat.apps.config import config_folder, register, run_name
 from robustflat.apps.rules import check_together
-from robustflat.loggers.base import Null
-from robustflat.rng import Streams
 from robustflat.training.trainer import Trainer
 from tests.config.conftest import Compose
+from tests.config.tiny import tiny_trainer
 
 FOLDER = config_folder() / "experiment" / "iccv21"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -32,10 +30,6 @@ ONE_OF_EACH_METHOD = [
     "at", "adam", "awp_001", "cyclic_2", "entropy_sgd_l2", "label_noise_04", "label_smoothing_03", "late", "mart_6",
     "only_correct", "pgd_tau_3", "predicted_labels", "self_supervision_4", "trades_6", "weight_averaging_09975",
     "weight_clipping_0005",
-]  # fmt: skip
-TINY = [
-    "device=cpu", "model.channels=2", "trainer.callbacks.evaluation=null",
-    "trainer.callbacks.checkpoint=null", "trainer.callbacks.snapshots=null", "attack.steps=1",
 ]  # fmt: skip
 
 
@@ -128,24 +122,10 @@ def test_the_command_line_wins_over_an_experiment(compose):
     assert config.dataset._target_.endswith("Dataset") and config.dataset.source._target_.endswith("Synthetic")
 
 
-def two_steps(compose: Compose, name: str) -> Trainer:
-    """The experiment on eight made-up images, two steps of four, with its own method and a two-channel network."""
-    cycles = int(name.rpartition("_")[2]) if name.startswith("cyclic") else 1  # a cycle needs two steps
-    source = ["dataset.source.size=8", "dataset.source.count=8", "dataset.source.test_count=4", "dataset.batch_size=4"]
-    config = compose(f"+experiment=iccv21/{name}", "dataset=synthetic", *source, *TINY, f"trainer.epochs={cycles}")
-    streams = Streams(0)
-    node = OmegaConf.masked_copy(config.trainer, [k for k in config.trainer if k != "callbacks"])
-    callbacks = {k: build(v) for k, v in config.trainer.callbacks.items() if v is not None}
-    trainer: Trainer = build(node, _partial_=True)(
-        model=build(config.model),
-        data=build(config.dataset).train_stream(streams),
-        attack=build(config.attack),
-        make_optimizer=build(config.optimizer),
-        make_schedule=build(config.schedule),
-        logger=Null(),
-        streams=streams,
-        callbacks=callbacks,
-    )
+def two_steps(compose: Compose, experiment: str) -> Trainer:
+    """The experiment, such as "iccv21/cyclic_2", trained for two steps with its own method (a cycle needs two)."""
+    cycles = int(experiment.rpartition("_")[2]) if "/cyclic_" in experiment else 1
+    trainer = tiny_trainer(compose, f"+experiment={experiment}", "attack.steps=1", f"trainer.epochs={cycles}")
     trainer.fit()
     return trainer
 
@@ -159,11 +139,11 @@ def require_trained(trainer: Trainer) -> None:
 @pytest.mark.parametrize("name", ONE_OF_EACH_METHOD)
 def test_each_method_runs_two_steps(compose, name):
     torch.manual_seed(0)
-    require_trained(two_steps(compose, name))
+    require_trained(two_steps(compose, f"iccv21/{name}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ONE_OF_EACH_METHOD])
 def test_every_other_experiment_runs_two_steps(compose, name):
     torch.manual_seed(0)
-    require_trained(two_steps(compose, name))
+    require_trained(two_steps(compose, f"iccv21/{name}"))

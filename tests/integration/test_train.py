@@ -126,6 +126,27 @@ def test_a_failing_job_of_a_sweep_does_not_stop_the_others(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/digits-at/*/DONE"))) == 1
 
 
+def test_explaining_prints_the_method_and_leaves_nothing_behind(cli, tmp_path):
+    answer = cli("trainer=trades_awp", "explain=true", *TINY)
+    assert answer.code == 0, answer.err
+    for text in (
+        "CE(f(x), y) + 6 KL(p(x) || p(x'))", "Zhang et al., ICML 2019", "0.005 ||w_l|| g_l / ||g_l||", "Wu et al.",
+        "sgd(lr=0.05", "multistep(", "F + K (F + Bx) + F + (k + 1) (2 (F + B))", "(K = 2, k = 1)", "8 F + 4 B + 2 Bx",
+        "steps           4", "2 epochs",
+    ):  # fmt: skip
+        assert text in answer.out, text
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_explaining_needs_no_data_and_a_wrong_value_is_refused(cli, tmp_path):
+    answer = cli("+experiment=iccv21/mart_6", "explain=true", f"data_root={tmp_path}/none")
+    assert answer.code == 0, answer.err
+    assert "Wang et al., ICLR 2020" in answer.out
+    assert "could not be read" in answer.out
+    assert cli("explain=true", "optimizer.lr=-1").code == 1
+    assert not list(tmp_path.glob("outputs/*"))
+
+
 def test_a_data_set_of_ones_own_by_config_dir(cli, tmp_path):
     (tmp_path / "mine" / "trainer").mkdir(parents=True)
     (tmp_path / "mine" / "trainer" / "gentle.yaml").write_text("# mine\ndefaults: [base, _self_]\nlog_every: 7\n")
