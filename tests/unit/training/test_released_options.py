@@ -17,6 +17,7 @@ from robustflat.gradients.clipped import ClippedEntries
 from robustflat.gradients.plain import Plain
 from robustflat.losses.trades import Trades, mean_divergence
 from robustflat.models.classifier import rotation_head
+from robustflat.rng import Streams
 from robustflat.training.callbacks import Callback, ClipWeights, WeightAverage
 from robustflat.training.optimizers import adam, sgd
 from robustflat.training.schedules import cyclic
@@ -137,11 +138,9 @@ class Remember(Callback):
 def test_copied_statistics_and_the_extra_update_per_epoch():
     tau, remember = 0.7, Remember()
     average = WeightAverage(decay=tau, batch_norm="copy", twice_per_epoch=True)
-    trained(
-        data=TwoPerEpoch(), epochs=2, callbacks={"remember": remember, "average": average}, make_optimizer=SIMPLE_SGD
-    )
+    callbacks = {"remember": remember, "average": average}
+    trainer = trained(data=TwoPerEpoch(), epochs=2, callbacks=callbacks, make_optimizer=SIMPLE_SGD)
     w0, w1, w2, w3, w4 = remember.states
-    trainer = trained(data=TwoPerEpoch(), epochs=2, callbacks={"average": average}, make_optimizer=SIMPLE_SGD)
     found = average_of(trainer, average)
     for name in trainable(trainer.model):
         expected = w0[name]
@@ -185,7 +184,8 @@ def test_trades_attack_that_chooses_for_the_batch():
     model = network()
     w, names, batch = everything(model), list(trainable(model)), Batches().batches[0]
     p = probabilities(w, batch.x, training=False)
-    points, point = [], batch.x
+    attack = Pgd(LinfBall(EPSILON), steps=STEPS, step_size=STEP)
+    points, point = [], attack.ball.sample(batch.x, Streams(0)["attack"])
     for step in range(STEPS + 1):
         points.append(point)
         if step < STEPS:
@@ -199,7 +199,6 @@ def test_trades_attack_that_chooses_for_the_batch():
     def loss(v):
         return cross_entropy(v, batch.x, batch.y) + 6 * kl(probabilities(v, batch.x), probabilities(v, x_adv)) / 6
 
-    attack = Pgd(LinfBall(EPSILON), steps=STEPS, step_size=STEP, random_start=False)
     found = trained(loss=Trades(beta=6.0, best_iterate="per_batch"), attack=attack)
     require_equal(found, stepped(w, gradient_at(w, names, loss)))
 
