@@ -7,11 +7,12 @@ the search itself has used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import (
@@ -20,13 +21,18 @@ from robustflat.attacks.judging import (
     improves,
     is_targeted,
     judge,
+    judge_as_is,
     nothing_found,
     own_objective,
     select,
 )
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
+from robustflat.models.modes import frozen, training
 from robustflat.types import Attack, Forward, Found, Objective
+
+MODES = ("eval", "train")
+"""Mode of the model while it predicts for a wrapper."""
 
 
 class Restarts:
@@ -186,15 +192,19 @@ class PredictedLabels:
 
     Args:
         attack: an untargeted attack.
+        mode: of the model while it predicts: "eval", or "train" as in the paper's released code: by the statistics
+            of the clean batch, which then also enter the running ones.
 
     Raises:
-        UserError: if the attack is targeted.
+        UserError: if the attack is targeted, or for another mode; on a call, if "train" gets no module.
     """
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: Attack, *, mode: str = "eval") -> None:
         if is_targeted(attack):
             raise UserError("a targeted attack on the predicted label would look for no change: use an untargeted one.")
+        require_one_of("mode", mode, MODES)
         self.attack = attack
+        self.mode = mode
         self.objective = own_objective(attack)
 
     def __call__(
@@ -209,7 +219,7 @@ class PredictedLabels:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
-        with torch.no_grad(), held_still(forward):
+        with torch.no_grad(), _in_mode(forward, self.mode):
             predicted = forward(x).argmax(dim=1)
         found = self.attack(forward, x, predicted, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective)
@@ -229,10 +239,16 @@ class OnlyCorrect:
 
     Args:
         attack: what the other images undergo.
+        mode: of the model while it classifies the clean images, see `PredictedLabels`.
+
+    Raises:
+        UserError: for another mode; on a call, if "train" gets no module.
     """
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: Attack, *, mode: str = "eval") -> None:
+        require_one_of("mode", mode, MODES)
         self.attack = attack
+        self.mode = mode
         self.objective = own_objective(attack)
         self.targeted = is_targeted(attack)
 
@@ -246,7 +262,10 @@ class OnlyCorrect:
     ) -> Found:
         """Attack the correctly classified among images x (B, C, H, W); see `types.Attack`."""
         check_shapes(x, y)
-        clean = judge(forward, x, y, objective or self.objective, targeted=self.targeted)
+        if x.shape[0] == 0:
+            return nothing_found(x)
+        with _in_mode(forward, self.mode):
+            clean = judge_as_is(forward, x, y, objective or self.objective, targeted=self.targeted)
         return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
 
     def explain(self) -> Explanation:
@@ -289,3 +308,16 @@ class Transfer:
         inner = explanation_of(self.attack)
         note = f"besides, through the source network: {inner.cost}"
         return replace(inner, formula=f"{inner.formula}, with f the source network", cost=FORWARD, note=note)
+
+
+@contextmanager
+def _in_mode(forward: Forward, mode: str) -> Iterator[None]:
+    """A model held still in eval mode, or, frozen, in train mode in which its running statistics do change."""
+    if mode == "eval":
+        with held_still(forward):
+            yield
+        return
+    if not isinstance(forward, nn.Module):
+        raise UserError("mode=train needs the model itself: trainer.loss.attack_mode=eval, and no self-supervision.")
+    with frozen(forward), training(forward):
+        yield
