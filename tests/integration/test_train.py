@@ -126,6 +126,37 @@ def test_a_failing_job_of_a_sweep_does_not_stop_the_others(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/digits-at/*/DONE"))) == 1
 
 
+@pytest.mark.slow
+def test_a_sweep_file_runs_and_skips_what_is_done(cli, tmp_path):
+    job = ("+sweep=seeds", "seed=0,1", *TINY, "trainer.epochs=1")
+    assert cli(*job).code == 0
+    again = cli(*job)
+    assert again.code == 0
+    assert again.out.count("This run is done") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the plugin's Optuna 2 is older than the Python it runs on
+def test_the_optuna_search_runs_and_finds_its_trials_again(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra robustflat[optuna]")
+    tiny = [
+        word for word in TINY if not word.startswith(("dataset.train", "evaluation=", "trainer.callbacks.evaluation"))
+    ]
+    search = (
+        "+sweep=optuna",
+        "hydra.sweeper.n_trials=2",
+        *tiny,
+        "trainer.epochs=1",
+        "trainer.callbacks.evaluation=null",
+    )
+    small = ("evaluation=smoke", "dataset.batch_size=256")
+    first = cli(*search, *small)
+    assert first.code == 0, first.err
+    assert len(list(tmp_path.glob("outputs/digits-at/*/DONE"))) == 2
+    again = cli(*search, "trainer.callbacks.evaluation=null")
+    assert again.out.count("This run is done") == 2
+
+
 def test_explaining_prints_the_method_and_leaves_nothing_behind(cli, tmp_path):
     answer = cli("trainer=trades_awp", "explain=true", *TINY)
     assert answer.code == 0, answer.err
