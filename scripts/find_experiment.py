@@ -103,7 +103,8 @@ def _nearest(name: str) -> str:
     return "".join(hints) or (
         " All of its parts exist, but not in this order. Training names start with at_, at_pll_, at_ii_, "
         "at_ssl<weight>_, at_tau<number>_, trades<beta>_, mart<beta>_, <maximum>p_at_, simple_awit_ or "
-        "threshold_awit_, or are normal_training; attacks with input_, weight_, sequential2_ or joint_; lists with cifar10_."
+        "threshold_awit_, or are normal_training; attacks with input_, weight_, sequential2_ or joint_; lists with "
+        "cifar10_."
     )
 
 
