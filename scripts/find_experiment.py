@@ -3,7 +3,8 @@
     python scripts/find_experiment.py at_linf_gd_normalized_lr0007_mom0_i7_e00314_f100_ls01
 
 prints `python train.py +experiment=iccv21/label_smoothing_01` and what the released code did otherwise. Names of
-training experiments only; `--config` is the old configuration module, which decided on data and augmentation.
+attacks and of lists lead to commands of evaluate.py, with RUN for the id of a run. `--config` is the old configuration
+module, which decided on data and augmentation; `--epochs` and `--epoch` are the old options for snapshots.
 """
 
 from __future__ import annotations
@@ -13,18 +14,34 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
+from robustflat.apps.old_attack_names import EPSILONS, LISTS, find_evaluation, number
+
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "conf" / "experiment" / "iccv21"
-EPSILONS = {"00235": 6, "00275": 7, "00314": 8, "00352": 9}
+RELEASED = EXPERIMENTS.with_name("iccv21_released")
 DATASETS = {"cifar10_noaa": "cifar10", "cifar10": "cifar10_autoaugment", "cifar10_500k": "cifar10_500k"}
 ATTACK = r"linf_gd_normalized_lr0007_mom0_i(?P<steps>1|3|5|7|14)_e(?P<epsilon>00235|00275|00314|00352)"
 NO_MOVE = "The released code forgets its last step on the weights: {steps} acted as {fewer}."
 CLIPPED = "It also clips each entry of the gradient at 0.05; that is not done here."
 
 
+PARTS = """
+normal training at linf gd normalized lr{0007,02,01,001,00001,0001,1,10} mom{0,09} i{1,3,5,7,10,14,20} f100
+e{00235,00275,00314,00352,1,075,05,04,03,025,02,01,005,001,00075,0005,0004,0003,00025,0002,0001,000075,000025,00001,10}
+s{05,2} slog{05,2} b{4,8,16,32,64,256,512} wa{,098,0985,099} extr uncal adam esgd{1,2,3,5} late lrf0316
+const{01,001,0005} cyc{,2,3,4} nowd wd{005,001,0005,0001,00001} ls{001,005,01,02,03,04,05} ln{005,01,02,03,04,05}
+pll ii mart{1,3,6,9} trades{1,3,6,9} ssl{05,1,2,4,8} tau{0,1,2,3,4} 0005p 001p 0015p 002p aa 500k
+threshold simple awit nonb nonb2 l2 lwrl2normalized rl2normalized l2normalized fgsm random pop{1,3}
+input weight sequential2 joint standard at{1,3,5,10,25,50} es train test set batch nonorm2 filter relative
+absolute backtrack cifar10 benchmark epochs early stopping models
+"""
+"""The parts of old names between underscores: stem{endings}."""
+
+
 class UnknownNameError(ValueError):
-    """Not a training name of the registry; the message says what is."""
+    """Not a name of the registry; the message says what looks most like it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,12 @@ class Found:
     overrides: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    def released(self) -> str | None:
+        """The command that trains what the released code trained under this name, if that has a file of its own."""
+        name = self.experiment or ""
+        known = [n for n in (name, name.rpartition("_")[0]) if n and (RELEASED / f"{n}.yaml").is_file()]
+        return f"python train.py +experiment=iccv21_released/{known[0]}" if known and not self.overrides else None
+
     def command(self) -> str:
         """The command line that trains it."""
         head = f"+experiment=iccv21/{self.experiment}" if self.experiment else "+setting=iccv21"
@@ -43,11 +66,6 @@ class Found:
 
 def _quoted(override: str) -> str:
     return f"'{override}'" if "$" in override else override
-
-
-def number(text: str) -> str:
-    """Number of the registry's format, in which the point was left out: "00314" -> "0.0314", "10" -> "10"."""
-    return f"0.{text[1:]}" if text.startswith("0") and len(text) > 1 else text
 
 
 def find(name: str, config: str = "cifar10_noaa") -> Found:
@@ -68,11 +86,35 @@ def find(name: str, config: str = "cifar10_noaa") -> Found:
         match = re.fullmatch(pattern.replace("ATTACK", ATTACK), plain)
         if match:
             return _with_common(meaning(match), match, stopped=stopped, config=config)
-    raise UnknownNameError(
-        f"{name!r} is not a training name of the registry. Those start with at_, at_pll_, at_ii_, at_ssl<weight>_, "
-        "at_tau<number>_, trades<beta>_, mart<beta>_, <maximum>p_at_, simple_awit_ or threshold_awit_, or are "
-        "normal_training. Names of attacks and lists: the groups evaluation/ and attack/."
+    raise UnknownNameError(f"{name!r} is not a name of the registry.{_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    """Parts of a name that no old name has, with valid ones that look like them; else how names begin."""
+    words = _words()
+    wrong = [part for part in name.removesuffix("_es").split("_") if part and part not in words]
+    hints = []
+    for part in wrong:
+        close = get_close_matches(part, sorted(words), n=3, cutoff=0.4)
+        hints.append(f" {part!r} is in no name; nearest: {', '.join(close)}." if close else f" {part!r} is in no name.")
+    whole = get_close_matches(name, LISTS, n=1)
+    if whole:
+        return f" Did you mean {whole[0]!r}?"
+    return "".join(hints) or (
+        " All of its parts exist, but not in this order. Training names start with at_, at_pll_, at_ii_, "
+        "at_ssl<weight>_, at_tau<number>_, trades<beta>_, mart<beta>_, <maximum>p_at_, simple_awit_ or "
+        "threshold_awit_, or are normal_training; attacks with input_, weight_, sequential2_ or joint_; lists with "
+        "cifar10_."
     )
+
+
+def _words() -> set[str]:
+    """The parts between underscores of all old names."""
+    words: set[str] = set()
+    for part in PARTS.split():
+        stem, _, values = part.partition("{")
+        words |= {f"{stem}{value}" for value in values.rstrip("}").split(",")}
+    return words
 
 
 def _with_common(found: Found, match: re.Match[str], *, stopped: bool, config: str) -> Found:
@@ -190,12 +232,22 @@ SWITCHES = (
 DECAYS = "The released code trains with weight decay 0.001 whatever the name says."
 UNIFORM = "The released code spreads tau over all classes: trainer.loss.label_smoothing_target=uniform."
 HALF_CLEAN = "The released code leaves half of the batch clean; here all of it is attacked."
+SCALED = "The name is a folder for the trained network times that factor, no training: robustflat.models.rescale, {}."
+EXTERNAL = "Only the old notebook could read this name; the old tools for attacks refuse it."
+NOWHERE = "No old configuration writes to the folder that this name reads."
 AWIT = r"(?P<curriculum>simple|threshold)_awit_nonb2?_l2_"
 
 GRAMMAR: tuple[tuple[str, Callable[[re.Match[str]], Found]], ...] = (
     (r"normal_training", lambda match: Found(None, ("trainer=standard",))),
     (r"at_ATTACK", lambda match: Found(None, ("trainer=at_half",))),
     (r"at_ATTACK_f100", _file("at")),
+    (r"at_ATTACK_f100_s(?P<value>05|2)", _file("at", SCALED.format("rescaled(model, 0.5 or 2, images)"))),
+    (
+        r"at_ATTACK_f100_slog(?P<value>05|2)",
+        _file("at", SCALED.format("and the logits times it")),
+    ),
+    (r"aa_at_linf_gd_normalized_lr0007_mom0_i7_e00314_f100", _file("autoaugment", EXTERNAL)),
+    (r"500k_at_linf_gd_normalized_lr0007_mom0_i7_e00314_f100", _file("unlabeled", EXTERNAL, NOWHERE)),
     (r"at_ATTACK_f100_b(?P<value>4|8|16|32|64|256|512)", _valued("batch_size", "", "dataset.batch_size")),
     (r"at_ATTACK_f100_wa(?P<value>098|0985|099|)(_extr|_extr_uncal)?", _averaged),
     (r"at_ATTACK_f100_adam", _file("adam")),
@@ -245,21 +297,30 @@ GRAMMAR: tuple[tuple[str, Callable[[re.Match[str]], Found]], ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print command and notes for each name; 1 if a name is unknown."""
     parser = argparse.ArgumentParser(description="Find the experiment that a name of the old registry means.")
-    parser.add_argument("names", nargs="+", help="names of training experiments")
+    parser.add_argument("names", nargs="+", help="names of experiments, attacks, or lists of attacks")
+    parser.add_argument("--epochs", action="store_true", help="of attacks: on all snapshots, as with the old tools")
+    parser.add_argument("--epoch", type=int, help="of attacks: on the snapshot of this epoch")
     parser.add_argument("--config", default="cifar10_noaa", help=f"old module: {', '.join(DATASETS)}")
     options = parser.parse_args(arguments)
+    checkpoints = "all" if options.epochs else None if options.epoch is None else str(options.epoch)
     status = 0
     for name in options.names:
         try:
-            found = find(name, options.config)
+            print("\n".join(_answer(name, options.config, checkpoints)))
         except UnknownNameError as error:
             print(error, file=sys.stderr)
             status = 1
-            continue
-        print(found.command())
-        for note in found.notes:
-            print(f"  # {note}")
     return status
+
+
+def _answer(name: str, config: str, checkpoints: str | None) -> list[str]:
+    evaluations = find_evaluation(name, checkpoints)
+    if evaluations is not None:
+        return [*evaluations.commands, *(f"  # {note}" for note in evaluations.notes)]
+    found = find(name, config)
+    released = found.released()
+    lines = [found.command(), *(f"  # {note}" for note in found.notes)]
+    return [*lines, f"  # As the released code trains it: {released}"] if released else lines
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Root:
     outputs: str = "outputs"
     data_root: str = "${oc.env:ROBUSTFLAT_DATA,data}"
     force: bool = False
+    explain: bool = False
     trusted_packages: list[str] = field(default_factory=list)
 
 

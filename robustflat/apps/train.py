@@ -25,6 +25,7 @@ from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
+from robustflat.apps.explain import print_method
 from robustflat.apps.measurements import measure
 from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
@@ -70,7 +71,8 @@ def job(config: DictConfig) -> float:
         config: the composed configuration.
 
     Returns:
-        Robust error on the test split by the evaluation's first attack: what a sweeper may minimise.
+        Robust error on the test split by the evaluation's first attack: what a sweeper may minimise. With
+        `explain=true` nothing is trained or written; NaN then.
 
     Raises:
         UserError: for whatever is wrong with configuration, data, checkpoint or folder.
@@ -79,6 +81,10 @@ def job(config: DictConfig) -> float:
     path = Path(context.runtime.output_dir)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if config.explain:
+            print_method(config, console)
+            remove_if_empty(path)
+            return float("nan")
         results = run(config, path, command=list(context.overrides.task), console=console)
     except UserError as error:
         remove_if_empty(path)

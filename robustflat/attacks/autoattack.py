@@ -32,6 +32,7 @@ from robustflat.attacks.sanity import (
     report,
 )
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import Explanation, unknown_cost
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.inference import rewrite
 from robustflat.models.precision import exact_float32
@@ -246,6 +247,11 @@ class AutoAttackSearch:
                 best[take], value[take] = found.x_adv[better], found.value[better]
                 fooled[rows] = hunted.found.fooled
         return Found(best, value, fooled)
+
+    def explain(self) -> Explanation:
+        """The attacks in their order; what they cost depends on how soon examples break."""
+        formula = f"x' = first success of {', '.join(self.names)}, each on the examples that the ones before left"
+        return Explanation(formula, "Croce and Hein, ICML 2020", unknown_cost("AutoAttack"))
 
     def _searched(self, forward: Forward, x: Tensor) -> Forward:
         if self.search == "plain":

@@ -11,6 +11,7 @@ from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, nothing_found, require_values, select
 from robustflat.attacks.objectives import margin, objective_by_name, predicted_wrong
 from robustflat.errors import require_range
+from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall, L2Ball
 from robustflat.types import Forward, Found, Objective
 
@@ -82,6 +83,12 @@ class Fmn:
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             return self._search(forward, x, y, objective or self.objective)
+
+    def explain(self) -> Explanation:
+        """A search for the decision boundary, and a pass that judges the last point."""
+        cost = (FORWARD + INPUT_BACKWARD).times(self.steps, "K", K=self.steps) + FORWARD
+        formula = f"x' = nearest misclassified image, by K = {self.steps} steps along the decision boundary"
+        return Explanation(formula, "Pintor et al., NeurIPS 2021", cost)
 
     def _search(self, forward: Forward, x: Tensor, y: Tensor, objective: Objective) -> Found:
         point = x

@@ -11,6 +11,7 @@ from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, judge, own_objective
 from robustflat.attacks.objectives import labels_of, objective_by_name
 from robustflat.errors import UserError
+from robustflat.explanation import FORWARD, Explanation, unknown_cost
 from robustflat.geometry.input_ball import InputBall
 from robustflat.types import Forward, Found, Objective
 
@@ -66,6 +67,11 @@ class Foreign:
                     theirs = self.attack(forward, x.clone(), labels_of(y).clone())
             x_adv = self.ball.project(self._checked(theirs, x), x)
             return judge(forward, x_adv, y, wanted)
+
+    def explain(self) -> Explanation:
+        """Another library's search, whose passes are not known here, and a pass that judges its result."""
+        name = getattr(self.attack, "__name__", type(self.attack).__name__)
+        return Explanation(f"x' = project({name}(f, x, y))", cost=unknown_cost(name) + FORWARD)
 
     def _checked(self, theirs: object, x: Tensor) -> Tensor:
         if not isinstance(theirs, Tensor) or theirs.shape != x.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, improves, is_targeted, judge, nothing_found, select
 from robustflat.attacks.objectives import labels_of, margin, objective_by_name, with_target
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import FORWARD, Explanation, explanation_of
 from robustflat.types import Attack, Forward, Found, Objective
 
 
@@ -57,6 +60,13 @@ class MultiTargeted:
             best = new if best is None else select(improves(new, best, "fooled"), new, best)
         assert best is not None
         return judge(forward, best.x_adv, y, objective or self.objective)
+
+    def explain(self) -> Explanation:
+        """The inner attack, once per target; fewer where there are fewer wrong classes."""
+        inner = explanation_of(self.attack)
+        cost = FORWARD + inner.cost.times(self.targets, "T", T=self.targets) + FORWARD
+        formula = f"x' = worst of T = {self.targets} searches, each toward one of the likeliest wrong classes t"
+        return Explanation(f"{formula}; {inner.formula}", "Gowal et al., 2019", replace(cost, at_most=True))
 
     @torch.no_grad()
     def _likely_wrong(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:

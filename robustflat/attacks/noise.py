@@ -17,6 +17,7 @@ from robustflat.attacks.judging import (
 )
 from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
 from robustflat.types import Forward, Found, Objective
 
@@ -65,6 +66,11 @@ class RandomNoise:
                 best = new if best is None else select(improves(new, best, "best"), new, best)
         assert best is not None
         return best
+
+    def explain(self) -> Explanation:
+        """The worst of the draws, each judged by one forward pass."""
+        cost = FORWARD.times(self.trials, "T", T=self.trials)
+        return Explanation(f"x' = worst of T = {self.trials} draws of {self.kind} noise in the ball", cost=cost)
 
     @torch.no_grad()
     def _draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -126,6 +132,14 @@ class NFgsm:
             (grad,) = torch.autograd.grad(value.sum(), noisy)
             moved = (noisy.detach() + self.step_size * grad.sign()).clamp(self.ball.low, self.ball.high)
         return judge(forward, moved, y, objective)
+
+    def explain(self) -> Explanation:
+        """One step from the noise, and a pass that judges the result."""
+        noise = f"n uniform in [-k eps, k eps], k = {self.noise_factor:g}"
+        formula = (
+            f"x' = x + n + {self.step_size:g} sign grad_x objective(f(x + n), y), {noise}, not clipped to the ball"
+        )
+        return Explanation(formula, "de Jorge et al., NeurIPS 2022", FORWARD + INPUT_BACKWARD + FORWARD)
 
     def _noisy(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         device = x.device if generator is None else generator.device

@@ -25,6 +25,7 @@ from robustflat.attacks.judging import (
 )
 from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
 from robustflat.types import Forward, Found, Objective
 
@@ -61,6 +62,10 @@ class NoAttack:
         """Objective and correctness at x (B, C, H, W) itself; `x_adv` is `x`."""
         check_shapes(x, y)
         return judge(forward, x, y, objective or self.objective)
+
+    def explain(self) -> Explanation:
+        """The images stay; one forward pass judges them, which training leaves out."""
+        return Explanation("x' = x", cost=FORWARD)
 
 
 class Pgd:
@@ -177,6 +182,23 @@ class Pgd:
                 return self._search(forward, x, y, objective, generator)
             many_x, many_y = (_repeat(t, self.restarts) for t in (x, y))
             return self._best_restart(self._search(forward, many_x, many_y, objective, generator))
+
+    def explain(self) -> Explanation:
+        """Projected gradient ascent with these steps; with tau the clean images are judged as well."""
+        once = (FORWARD + INPUT_BACKWARD).times(self.steps, "K", K=self.steps) + FORWARD
+        if self.tau is not None:
+            once = FORWARD + once
+        cost = once if self.restarts == 1 else once.times(self.restarts, "R", R=self.restarts)
+        sources = ["Madry et al., ICLR 2018" if self.steps > 1 else "Goodfellow et al., ICLR 2015"]
+        if self.momentum > 0:
+            sources.append("momentum: Dong et al., CVPR 2018")
+        if self.tau is not None:
+            sources.append("early stopping: Zhang et al., ICML 2020, as in Stutz et al., ICCV 2021")
+        sign = "-" if self.targeted else "+"
+        direction = "sign grad" if self.ball.norm == "linf" else "steepest(grad)"
+        kept = f"stopped {self.tau} stored iterates after the first mistake" if self.tau is not None else self.keep
+        step = f"x' <- project(x' {sign} {self.step_size:g} {direction}_x' objective(f(x'), y))"
+        return Explanation(f"K = {self.steps} times {step}; kept: {kept}", "; ".join(sources), cost)
 
     def _search(
         self, forward: Forward, x: Tensor, y: Tensor, objective: Objective, generator: torch.Generator | None

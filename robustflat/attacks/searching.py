@@ -11,6 +11,7 @@ from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import is_targeted, own_objective
 from robustflat.attacks.strongest import EXAMPLES, SEARCHES
 from robustflat.errors import require_one_of
+from robustflat.explanation import Explanation, explanation_of
 from robustflat.models.mirror import Mirror
 from robustflat.types import Attack, Forward, Found, Objective
 
@@ -57,3 +58,7 @@ class Searching:
         if mirror is None:
             mirror = self._mirrors[forward] = Mirror(forward, x[:EXAMPLES], precision=self.search)
         return self.attack(mirror.refreshed(), x, y, objective, generator)
+
+    def explain(self) -> Explanation:
+        """The inner attack; a copy of the network changes what a pass takes, not their number."""
+        return explanation_of(self.attack)

@@ -7,10 +7,12 @@ the search itself has used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import (
@@ -19,12 +21,18 @@ from robustflat.attacks.judging import (
     improves,
     is_targeted,
     judge,
+    judge_as_is,
     nothing_found,
     own_objective,
     select,
 )
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
+from robustflat.models.modes import frozen, training
 from robustflat.types import Attack, Forward, Found, Objective
+
+MODES = ("eval", "train")
+"""Mode of the model while it predicts for a wrapper."""
 
 
 class Restarts:
@@ -64,6 +72,13 @@ class Restarts:
             new = self.attack(forward, x, y, objective, generator)
             best = select(improves(new, best, self.keep), new, best)
         return best
+
+    def explain(self) -> Explanation:
+        """The inner attack, n times."""
+        inner = explanation_of(self.attack)
+        return replace(
+            inner, formula=f"{inner.formula}; best of R = {self.n} runs", cost=inner.cost.times(self.n, "R", R=self.n)
+        )
 
 
 class WorstOf:
@@ -109,6 +124,17 @@ class WorstOf:
         assert best is not None
         return best
 
+    def explain(self) -> Explanation:
+        """All inner attacks, one after the other; the upper bound has a judging pass for each."""
+        inner = [explanation_of(attack) for attack in self.attacks.values()]
+        cost = NOTHING
+        for part in inner:
+            cost = cost + part.cost
+            if not self._comparable:
+                cost = replace(cost + FORWARD, at_most=True)  # none where the call names an objective
+        sources = dict.fromkeys(part.source for part in inner if part.source)
+        return Explanation(f"x' = worst of {', '.join(self.attacks)}", "; ".join(sources), cost)
+
 
 class Fraction:
     """Attacks a part of the batch: the first int((1 - fraction) * B) images stay clean, the rest is attacked.
@@ -147,6 +173,15 @@ class Fraction:
         rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
         return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
 
+    def explain(self) -> Explanation:
+        """The inner attack on a share q of the batch, and a pass over the clean rest."""
+        inner, q = explanation_of(self.attack), self.fraction
+        cost = inner.cost.times(q, "q", q=q)
+        if q < 1:
+            cost = FORWARD.times(1 - q, "(1 - q)", q=q) + cost
+        formula = f"x' = x for the first (1 - q) B images, q = {q:g}; for the rest {inner.formula}"
+        return Explanation(formula, "Goodfellow et al., ICLR 2015; Stutz et al., ICCV 2021", cost)
+
 
 class PredictedLabels:
     """Attacks the label that the model predicts, so that the true label cannot leak into the perturbation.
@@ -157,15 +192,19 @@ class PredictedLabels:
 
     Args:
         attack: an untargeted attack.
+        mode: of the model while it predicts: "eval", or "train" as in the paper's released code: by the statistics
+            of the clean batch, which then also enter the running ones.
 
     Raises:
-        UserError: if the attack is targeted.
+        UserError: if the attack is targeted, or for another mode; on a call, if "train" gets no module.
     """
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: Attack, *, mode: str = "eval") -> None:
         if is_targeted(attack):
             raise UserError("a targeted attack on the predicted label would look for no change: use an untargeted one.")
+        require_one_of("mode", mode, MODES)
         self.attack = attack
+        self.mode = mode
         self.objective = own_objective(attack)
 
     def __call__(
@@ -180,10 +219,16 @@ class PredictedLabels:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
-        with torch.no_grad(), held_still(forward):
+        with torch.no_grad(), _in_mode(forward, self.mode):
             predicted = forward(x).argmax(dim=1)
         found = self.attack(forward, x, predicted, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective)
+
+    def explain(self) -> Explanation:
+        """A prediction, the inner attack on it, and a pass that judges the result by the true labels."""
+        inner = explanation_of(self.attack)
+        formula = f"{inner.formula}, with y <- argmax f(x)"
+        return Explanation(formula, "Kurakin et al., ICLR 2017", FORWARD + inner.cost + FORWARD)
 
 
 class OnlyCorrect:
@@ -194,10 +239,16 @@ class OnlyCorrect:
 
     Args:
         attack: what the other images undergo.
+        mode: of the model while it classifies the clean images, see `PredictedLabels`.
+
+    Raises:
+        UserError: for another mode; on a call, if "train" gets no module.
     """
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: Attack, *, mode: str = "eval") -> None:
+        require_one_of("mode", mode, MODES)
         self.attack = attack
+        self.mode = mode
         self.objective = own_objective(attack)
         self.targeted = is_targeted(attack)
 
@@ -211,8 +262,17 @@ class OnlyCorrect:
     ) -> Found:
         """Attack the correctly classified among images x (B, C, H, W); see `types.Attack`."""
         check_shapes(x, y)
-        clean = judge(forward, x, y, objective or self.objective, targeted=self.targeted)
+        if x.shape[0] == 0:
+            return nothing_found(x)
+        with _in_mode(forward, self.mode):
+            clean = judge_as_is(forward, x, y, objective or self.objective, targeted=self.targeted)
         return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
+
+    def explain(self) -> Explanation:
+        """A pass over the clean images, and the inner attack."""
+        inner = explanation_of(self.attack)
+        formula = f"x' = x where argmax f(x) != y; elsewhere {inner.formula}"
+        return Explanation(formula, 'Stutz et al., ICCV 2021 ("ignore incorrect")', FORWARD + inner.cost)
 
 
 class Transfer:
@@ -242,3 +302,22 @@ class Transfer:
         """Images x (B, C, H, W) attacked on the source, judged by `forward`; see `types.Attack`."""
         found = self.attack(self.source, x, y, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective, targeted=self.targeted)
+
+    def explain(self) -> Explanation:
+        """One pass that judges; the search's passes go through the source network."""
+        inner = explanation_of(self.attack)
+        note = f"besides, through the source network: {inner.cost}"
+        return replace(inner, formula=f"{inner.formula}, with f the source network", cost=FORWARD, note=note)
+
+
+@contextmanager
+def _in_mode(forward: Forward, mode: str) -> Iterator[None]:
+    """A model held still in eval mode, or, frozen, in train mode in which its running statistics do change."""
+    if mode == "eval":
+        with held_still(forward):
+            yield
+        return
+    if not isinstance(forward, nn.Module):
+        raise UserError("mode=train needs the model itself: trainer.loss.attack_mode=eval, and no self-supervision.")
+    with frozen(forward), training(forward):
+        yield

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from robustflat.attacks.describe import describe
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.predict import predict
+from robustflat.explanation import FORWARD, Explanation, explanation_of
 from robustflat.models.precision import device_of
 from robustflat.rng import generator_for
 from robustflat.training.callbacks import Callback
@@ -70,6 +72,10 @@ class PeriodicEvaluation(Callback):
         self.attack, self.every, self.seed, self.search = attack, every, seed, search
         self.history: list[dict[str, float]] = []
 
+    def __repr__(self) -> str:
+        splits = {name: sum(len(batch.x) for batch in batches) for name, batches in self.splits.items()}
+        return f"PeriodicEvaluation(every={self.every}, examples={splits}, attack={describe(self.attack)})"
+
     def after_epoch(self, trainer: Trainer) -> None:
         """Evaluate the network in training and those derived from it, if it is time."""
         if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
@@ -82,6 +88,13 @@ class PeriodicEvaluation(Callback):
         if trainer.history:
             trainer.history[-1].update(values)
         self.history.append({"epoch": float(trainer.epoch), "step": float(trainer.step), **values})
+
+    def explain(self) -> Explanation:
+        """Evaluates between epochs; a step costs nothing more."""
+        per_image = FORWARD if self.attack is None else FORWARD + explanation_of(self.attack).cost + FORWARD
+        images = sum(len(batch.x) for batches in self.splits.values() for batch in batches)
+        formula = f"errors and losses on {images} images, every {self.every} epochs"
+        return Explanation(formula, note=f"each image takes {per_image}")
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Errors and losses of a network on the examples of this callback; the network is left as found."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.explanation import Cost, Explanation
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.plain import Plain
 from robustflat.models.modes import displaced, frozen_statistics, perturbable
@@ -69,6 +70,23 @@ class AdversarialWeights:
         self.norm_layers, self.biases = norm_layers, biases
         self._epoch = 0
         self._plain = Plain()
+
+    def explain(self) -> Explanation:
+        """Ascent on the weights, then the gradient there."""
+        ball = self.ball
+        limit = f"{ball.radius:g} ||w_l||" if ball.relative else f"{ball.radius:g}"
+        step = f"nu_l <- project(nu_l + {self.step_ball.radius:g}{' ||w_l||' * ball.relative} g_l / ||g_l||)"
+        formula = (
+            f"g = grad L(w + nu), nu maximises L(w + nu) within ||nu_l|| <= {limit} by k = {self.steps} steps {step}"
+        )
+        per = f"norms over: {ball.grouping}" + (
+            f"; the first {self.warmup_epochs} epochs are plain" * (self.warmup_epochs > 0)
+        )
+        return Explanation(formula, "Wu et al., NeurIPS 2020 (AWP)", note=per)
+
+    def step_cost(self, craft: Cost, score: Cost) -> Cost:
+        """Crafting, and a scoring for each ascent step and at the end; the warm-up spares the ascent."""
+        return craft + score.times(self.steps + 1, "(k + 1)", k=self.steps)
 
     def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
         """Take note of the progress of training: finished epochs, of which the warm-up is counted."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_range
+from robustflat.explanation import Cost, Explanation
 from robustflat.gradients.adversarial_weights import loss_and_gradient
 from robustflat.models.modes import displaced
 from robustflat.types import AdvBatch, LossTerms
@@ -65,6 +66,18 @@ class EntropySgd:
         self.noise, self.averaging, self.weight_decay = noise, averaging, weight_decay
         self._step = 0
         self._generator: torch.Generator | None = None
+
+    def explain(self) -> Explanation:
+        """The direction to the mean of the walk."""
+        walk = f"w' <- w' - {self.inner_lr:g} (grad L(w') + {self.weight_decay:g} w' - gamma (w - w') + noise)"
+        mean = f"mu <- {self.averaging:g} mu + {1 - self.averaging:g} w'"
+        formula = f"g = w - mu, after L = {self.inner_steps} times {walk}, {mean}; gamma = {self.gamma:g}"
+        note = f"noise {self.noise:g} / sqrt({self.inner_lr:g} / 2) N(0, 1); a new batch for each inner step"
+        return Explanation(formula, "Chaudhari et al., ICLR 2017 (Entropy-SGD); Stutz et al., ICCV 2021", note=note)
+
+    def step_cost(self, craft: Cost, score: Cost) -> Cost:
+        """Crafting and scoring, once for each inner step."""
+        return (craft + score).times(self.inner_steps, "L", L=self.inner_steps)
 
     def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
         """Take note of the optimizer steps done, by which gamma grows, and of the generator to draw from."""

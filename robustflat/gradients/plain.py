@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_range
+from robustflat.explanation import Cost, Explanation
 from robustflat.types import AdvBatch, LossTerms
 
 
@@ -25,6 +26,15 @@ class Plain:
     def __init__(self, *, micro_batches: int = 1) -> None:
         require_range("micro_batches", micro_batches, low=1)
         self.micro_batches = micro_batches
+
+    def explain(self) -> Explanation:
+        """The gradient at w."""
+        parts = f", as the mean over {self.micro_batches} parts of the batch" if self.micro_batches > 1 else ""
+        return Explanation(f"g = grad L(w){parts}")
+
+    def step_cost(self, craft: Cost, score: Cost) -> Cost:
+        """Crafting and scoring, once each."""
+        return craft + score
 
     def __call__(
         self, model: nn.Module, next_batch: Callable[[], AdvBatch], loss: Callable[[AdvBatch], LossTerms]

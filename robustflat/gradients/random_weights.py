@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import require_one_of, require_range
+from robustflat.explanation import Cost, Explanation
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.plain import Plain
 from robustflat.models.modes import displaced, frozen_statistics, perturbable
@@ -55,6 +56,17 @@ class RandomWeights:
         self._epoch = 0
         self._generator: torch.Generator | None = None
         self._plain = Plain()
+
+    def explain(self) -> Explanation:
+        """The mean gradient at random weights."""
+        limit = f"{self.ball.radius:g}" + " ||w_l||" * self.ball.relative
+        formula = f"g = mean of P = {self.population} grad L(w + nu), nu random, {self.sampling} of radius {limit}"
+        note = f"the first {self.warmup_epochs} epochs are plain" * (self.warmup_epochs > 0)
+        return Explanation(formula, "control experiment of AWP (Wu et al., NeurIPS 2020)", note=note)
+
+    def step_cost(self, craft: Cost, score: Cost) -> Cost:
+        """Crafting, and a scoring for each draw."""
+        return craft + score.times(self.population, "P", P=self.population)
 
     def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
         """Take note of the progress of training, and of the generator to draw from."""

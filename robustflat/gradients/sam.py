@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import require_range
+from robustflat.explanation import Cost, Explanation
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.adversarial_weights import AdversarialWeights
 from robustflat.types import AdvBatch, LossTerms
@@ -38,6 +39,16 @@ class Sam:
             norm_layers=True,
         )
         self.rho = rho
+
+    def explain(self) -> Explanation:
+        """The gradient one step of length rho away."""
+        note = f"the first {self._rule.warmup_epochs} epochs are plain" * (self._rule.warmup_epochs > 0)
+        formula = f"g = grad L(w + {self.rho:g} g_0 / ||g_0||), g_0 = grad L(w), norm over all weights"
+        return Explanation(formula, "Foret et al., ICLR 2021 (SAM); Wei et al., 2023", note=note)
+
+    def step_cost(self, craft: Cost, score: Cost) -> Cost:
+        """Crafting and two scorings."""
+        return craft + score.times(2, "2")
 
     def follow(self, *, epoch: int, step: int, generator: torch.Generator) -> None:
         """Take note of the progress of training, for the warm-up."""

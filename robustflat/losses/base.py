@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustflat.attacks.objectives import labels_of
 from robustflat.attacks.pgd import NoAttack
 from robustflat.errors import require_one_of
+from robustflat.explanation import BACKWARD, FORWARD, NOTHING, Cost, Explanation, explanation_of
 from robustflat.models.modes import evaluating, frozen, frozen_statistics
 from robustflat.types import AdvBatch, Attack, Batch, Forward, LossTerms, Objective
 
@@ -79,6 +80,14 @@ class TrainingLoss(ABC):
             found = attack(forward, batch.x, y, objective, generator)
         return AdvBatch(batch.x, found.x_adv.detach(), batch.y)
 
+    def craft_cost(self, attack: Attack) -> Cost:
+        """Passes that `craft` takes for one batch: those of the attack, and none without one."""
+        return NOTHING if isinstance(attack, NoAttack) else explanation_of(attack).cost
+
+    @abstractmethod
+    def explain(self) -> Explanation:
+        """Formula, source, and the cost of scoring a batch with its gradient by all weights."""
+
     @abstractmethod
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
         """Score a crafted batch in the mode the model is in.
@@ -91,6 +100,10 @@ class TrainingLoss(ABC):
         Returns:
             Total loss and parts; these include "loss" (the total) and "error" (share of x_adv misclassified).
         """
+
+
+ONE_SCORING = FORWARD + BACKWARD
+"""One forward and one backward pass."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

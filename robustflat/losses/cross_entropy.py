@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustflat.errors import require_one_of, require_range
-from robustflat.losses.base import TrainingLoss, at_least_float32, error_rate
+from robustflat.explanation import Explanation
+from robustflat.losses.base import ONE_SCORING, TrainingLoss, at_least_float32, error_rate
 from robustflat.losses.labels import SMOOTHING_TARGETS, as_probabilities, noisy, smoothed
 from robustflat.types import AdvBatch, LossTerms
 
@@ -49,6 +50,20 @@ class CrossEntropy(TrainingLoss):
         self.label_smoothing = label_smoothing
         self.label_smoothing_target = label_smoothing_target
         self.label_noise = label_noise
+
+    def explain(self) -> Explanation:
+        """Cross-entropy with the labels as they are changed."""
+        target, sources = "y", ["Madry et al., ICLR 2018"]
+        if self.label_noise:
+            target = f"noisy(y), each label drawn anew from all K classes with probability {self.label_noise:g}"
+            sources.append("label noise: Stutz et al., ICCV 2021")
+        if self.label_smoothing:
+            tau, paper = self.label_smoothing, self.label_smoothing_target == "paper"
+            shares = "1 - tau on y, tau / (K - 1) elsewhere" if paper else "(1 - tau) y + tau / K"
+            target = f"smooth({target}), {shares}, tau = {tau:g}"
+            sources.append("label smoothing: " + ("Stutz et al., ICCV 2021" if paper else "Szegedy et al., CVPR 2016"))
+        formula = f"L = CE(f(x'), {target}); x' maximises CE(f(x'), y)"
+        return Explanation(formula, "; ".join(sources), ONE_SCORING)
 
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
         """Cross-entropy of x_adv; see `TrainingLoss`."""

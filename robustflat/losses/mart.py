@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_range
-from robustflat.losses.base import TrainingLoss, error_rate
+from robustflat.explanation import Explanation
+from robustflat.losses.base import ONE_SCORING, TrainingLoss, error_rate
 from robustflat.losses.trades import clean_and_adversarial_logits
 from robustflat.types import AdvBatch, LossTerms
 
@@ -35,6 +36,14 @@ class Mart(TrainingLoss):
         require_range("beta", beta, low=0)
         self.beta = beta
         self.joint_forward = joint_forward
+
+    def explain(self) -> Explanation:
+        """Two scorings: clean and adversarial images."""
+        boosted = "BCE(p', y) = -log p'_y - log(1.0001 - max_{k != y} p'_k)"
+        formula = (
+            f"L = BCE(p(x'), y) + {self.beta:g} KL(p(x) || p(x')) (1 - p_y(x)), {boosted}; x' maximises CE(f(x'), y)"
+        )
+        return Explanation(formula, "Wang et al., ICLR 2020 (MART)", ONE_SCORING.times(2, "2"))
 
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
         """MART loss; parts: loss, error (of x_adv), boosted_loss, clean_loss, clean_error, divergence.

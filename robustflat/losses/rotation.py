@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from robustflat.attacks.pgd import NoAttack
 from robustflat.errors import UserError, require_range
-from robustflat.losses.base import TrainingLoss, at_least_float32
+from robustflat.explanation import Explanation
+from robustflat.losses.base import ONE_SCORING, TrainingLoss, at_least_float32
 from robustflat.models.classifier import ROTATIONS
 from robustflat.models.modes import evaluating, frozen, frozen_statistics
 from robustflat.types import AdvBatch, Attack, Batch, Forward, LossTerms
@@ -42,6 +43,14 @@ class Rotation(TrainingLoss):
         require_range("weight", weight, low=0)
         self.weight = weight
         self._views: weakref.WeakKeyDictionary[nn.Module, tuple[_Head, _Head]] = weakref.WeakKeyDictionary()
+
+    def explain(self) -> Explanation:
+        """One pass of both halves of the batch, through both heads."""
+        turned = "r in {0, 1, 2, 3} quarter turns of every second image, g the rotation head"
+        formula = (
+            f"L = CE(f(x'), y) + {self.weight:g} CE(g(rot_r(x)'), r), {turned}; each half is attacked through its head"
+        )
+        return Explanation(formula, "Hendrycks et al., NeurIPS 2019; Stutz et al., ICCV 2021", ONE_SCORING)
 
     def craft(
         self, model: nn.Module, attack: Attack, batch: Batch, generator: torch.Generator | None = None

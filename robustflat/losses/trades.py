@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.attacks.objectives import kl_divergence
-from robustflat.errors import require_range
-from robustflat.losses.base import TrainingLoss, at_least_float32, error_rate
-from robustflat.types import AdvBatch, Batch, LossTerms, Objective
+from robustflat.attacks.pgd import NoAttack
+from robustflat.errors import require_one_of, require_range
+from robustflat.explanation import FORWARD, Cost, Explanation
+from robustflat.losses.base import ONE_SCORING, TrainingLoss, at_least_float32, error_rate
+from robustflat.types import AdvBatch, Attack, Batch, LossTerms, Objective
 
 
 class Trades(TrainingLoss):
@@ -24,22 +26,43 @@ class Trades(TrainingLoss):
             first by the clean and then by the adversarial half. True: both pass together in one batch of 2B
             with shared statistics and one update; fewer and larger kernels.
         attack_mode: see `TrainingLoss`; the clean prediction is made in the same mode.
+        best_iterate: the attack keeps the iterate of largest divergence "per_example", or "per_batch": one for all,
+            chosen by the mean, as the released code of Stutz et al. does. Its steps are the same in L-infinity.
 
     Raises:
-        UserError: if beta is negative.
+        UserError: if beta is negative, or for another best_iterate.
     """
 
-    def __init__(self, *, beta: float = 6.0, joint_forward: bool = False, attack_mode: str = "eval") -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 6.0,
+        joint_forward: bool = False,
+        attack_mode: str = "eval",
+        best_iterate: str = "per_example",
+    ) -> None:
         super().__init__(attack_mode=attack_mode)
         require_range("beta", beta, low=0)
+        require_one_of("best_iterate", best_iterate, ("per_example", "per_batch"))
         self.beta = beta
+        self.best_iterate = best_iterate
         self.joint_forward = joint_forward
+
+    def explain(self) -> Explanation:
+        """Two scorings: clean and adversarial images."""
+        formula = f"L = CE(f(x), y) + {self.beta:g} KL(p(x) || p(x')); x' maximises KL(sg p(x) || p(x'))"
+        return Explanation(formula, "Zhang et al., ICML 2019 (TRADES)", ONE_SCORING.times(2, "2"))
+
+    def craft_cost(self, attack: Attack) -> Cost:
+        """The attack, and a pass for the clean prediction that it goes away from."""
+        cost = super().craft_cost(attack)
+        return cost if isinstance(attack, NoAttack) else FORWARD + cost
 
     def objective(self, model: nn.Module, batch: Batch) -> tuple[Objective | None, Tensor]:
         """KL divergence from the clean prediction p(x), (B, K), which takes the place of the labels."""
         with torch.no_grad():
             probabilities = at_least_float32(model(batch.x)).softmax(dim=1)
-        return kl_divergence, probabilities
+        return kl_divergence if self.best_iterate == "per_example" else mean_divergence, probabilities
 
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
         """TRADES loss; parts: loss, error (of x_adv), clean_loss, clean_error, divergence (without beta)."""
@@ -57,6 +80,12 @@ class Trades(TrainingLoss):
             "divergence": divergence.detach(),
         }
         return LossTerms(total, parts)
+
+
+def mean_divergence(logits: Tensor, y: Tensor) -> Tensor:
+    """The batch mean of `kl_divergence`, given to every example, (B,)."""
+    values = kl_divergence(logits, y)
+    return values.mean().expand(len(values))
 
 
 def clean_and_adversarial_logits(model: nn.Module, batch: AdvBatch, *, joint: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from robustflat.errors import UserError, require_range
+from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.models.normalize import Normalize
 
 ROTATIONS = 4
@@ -26,7 +26,8 @@ class Classifier(nn.Module):
         width: D, number of features.
         classes: K, number of classes, >= 2.
         image_shape: (C, H, W) that images must have; `None`: any H and W.
-        auxiliary: whether to build the rotation head of self-supervised training (Hendrycks et al. 2019).
+        auxiliary: whether to build the rotation head of self-supervised training (Hendrycks et al. 2019);
+            "clamped": with its features cut to [0, 1], as in the paper's released code.
 
     Raises:
         UserError: if classes < 2; on a call, if the images' shape does not fit.
@@ -40,16 +41,18 @@ class Classifier(nn.Module):
         width: int,
         classes: int,
         image_shape: tuple[int, int, int] | None = None,
-        auxiliary: bool = False,
+        auxiliary: bool | str = False,
     ) -> None:
         super().__init__()
         require_range("classes", classes, low=2)
+        if isinstance(auxiliary, str):
+            require_one_of("auxiliary", auxiliary, ("clamped",), hint="Or true for a head as the paper describes it.")
         self.classes = classes
         self.image_shape = image_shape
         self.normalize = normalize
         self.body = body
         self.head = nn.Linear(width, classes)
-        self.auxiliary: nn.Module | None = rotation_head(width) if auxiliary else None
+        self.auxiliary: nn.Module | None = rotation_head(width, clamp=auxiliary == "clamped") if auxiliary else None
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> features (B, D), the input of the last linear layer."""
@@ -83,15 +86,18 @@ class RotationHead(nn.Sequential):
     is_auxiliary = True
 
 
-def rotation_head(width: int, hidden: int = 256) -> RotationHead:
+def rotation_head(width: int, hidden: int = 256, *, clamp: bool = False) -> RotationHead:
     """Linear, ReLU, batch norm, linear, as in the paper's code but without its clamp of features to [0, 1].
 
     Args:
         width: number D of features.
         hidden: units of the hidden layer.
+        clamp: with that clamp.
     """
+    first: OrderedDict[str, nn.Module] = OrderedDict(clamp=nn.Hardtanh(0.0, 1.0)) if clamp else OrderedDict()
     return RotationHead(
         OrderedDict(
+            **first,
             hidden=nn.Linear(width, hidden),
             activation=nn.ReLU(),
             norm=nn.BatchNorm1d(hidden),

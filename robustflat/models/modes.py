@@ -57,6 +57,19 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def training(*modules: nn.Module) -> Iterator[None]:
+    """Inside, `modules` are in training mode; afterwards every submodule is in its own earlier mode."""
+    before = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.train()
+        yield
+    finally:
+        for submodule, was_training in before:
+            submodule.training = was_training
+
+
+@contextmanager
 def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
     """Inside, forward passes leave the running statistics of normalisation layers as they are.
 

@@ -100,7 +100,7 @@ def resnet18(
     dropout: float = 0.0,
     zero_residuals: bool | None = None,
     stem: str = "cifar",
-    auxiliary: bool = False,
+    auxiliary: bool | str = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     initialization: Initialization | None = None,
@@ -119,7 +119,7 @@ def resnet18(
             `norm` has a learnable scale. The released code does so for bn, but, by mistake, not for rebn.
         stem: "cifar": 3x3 convolution, and, as in the paper's code, biases in it and in the 1x1 convolutions of
             the shortcuts; "imagenet": 7x7 convolution of stride 2, max pooling, no biases in convolutions.
-        auxiliary: build the rotation head of self-supervised training.
+        auxiliary: build the rotation head of self-supervised training; see `Classifier`.
         mean, std: per channel in [0, 1] units; `None`: images are not standardised.
         initialization: `None`: `Initialization()`.
 
@@ -147,7 +147,7 @@ def resnet34(
     dropout: float = 0.0,
     zero_residuals: bool | None = None,
     stem: str = "cifar",
-    auxiliary: bool = False,
+    auxiliary: bool | str = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     initialization: Initialization | None = None,
@@ -173,7 +173,7 @@ def resnet50(
     activation: str = "relu",
     zero_residuals: bool | None = None,
     stem: str = "cifar",
-    auxiliary: bool = False,
+    auxiliary: bool | str = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     initialization: Initialization | None = None,
@@ -199,7 +199,7 @@ def resnet_tiny(
     activation: str = "relu",
     dropout: float = 0.0,
     zero_residuals: bool = False,
-    auxiliary: bool = False,
+    auxiliary: bool | str = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     initialization: Initialization | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
+from robustflat.explanation import Explanation
 from robustflat.models.modes import perturbable
 from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, save
 
@@ -26,6 +27,9 @@ class Callback:
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step; after a resume `load_state_dict` has been called already."""
 
+    def after_craft(self, trainer: Trainer) -> None:
+        """Between the attack on a batch and its scoring; must not wait for the device."""
+
     def after_step(self, trainer: Trainer) -> None:
         """After each step of optimizer and schedule; must not wait for the device."""
 
@@ -38,6 +42,11 @@ class Callback:
     def networks(self, trainer: Trainer) -> dict[str, nn.Module]:
         """Networks, by name and in eval mode, derived from the one in training."""
         return {}
+
+    def explain(self) -> Explanation:
+        """What it does, and what it costs per optimizer step; a callback of your own may say more."""
+        words = " ".join((type(self).__doc__ or "").strip().partition("\n")[0].split())
+        return Explanation(words or type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that a resumed run needs."""
@@ -71,6 +80,10 @@ class SaveLast(Callback):
         """Refuse to train without a folder."""
         _folder(self.folder, trainer)
 
+    def explain(self) -> Explanation:
+        """Saves only."""
+        return Explanation(f"saves the state to resume from, every {self.every} epochs")
+
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save everything that resuming needs."""
         if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
@@ -102,6 +115,10 @@ class Snapshots(Callback):
         """Refuse to train without a folder."""
         _folder(self.folder, trainer)
 
+    def explain(self) -> Explanation:
+        """Saves only."""
+        return Explanation(f"saves the weights, every {self.every} epochs: early stopping chooses among them")
+
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save the weights."""
         if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
@@ -123,8 +140,10 @@ class WeightAverage(Callback):
         warmup: use min(tau, (1 + t) / (10 + t)) in step t = 0, 1, ..., so that early weights fade fast.
         batch_norm: statistics of the averaged network. "average": as above. "recalibrate": measured anew with
             the averaged weights on `calibration_batches` batches crafted as in training, each time the network
-            is asked for; the run's own data stream and generators are put back afterwards.
+            is asked for; the run's own data stream and generators are put back afterwards. "copy": those of the
+            last weights, as in the released code.
         calibration_batches: number of batches for "recalibrate", >= 1.
+        twice_per_epoch: update once more between two epochs, as in the released code.
 
     Raises:
         UserError: for values outside these ranges.
@@ -137,14 +156,17 @@ class WeightAverage(Callback):
         warmup: bool = False,
         batch_norm: str = "average",
         calibration_batches: int = 50,
+        twice_per_epoch: bool = False,
     ) -> None:
         require_range("decay", decay, low=0, high=1, high_open=True)
-        require_one_of("batch_norm", batch_norm, ("average", "recalibrate"))
+        require_one_of("batch_norm", batch_norm, ("average", "copy", "recalibrate"))
         require_range("calibration_batches", calibration_batches, low=1)
         self.decay = decay
         self.warmup = warmup
         self.batch_norm = batch_norm
         self.calibration_batches = calibration_batches
+        self.twice_per_epoch = twice_per_epoch
+        self._copied: set[str] = set()
         self._average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] = {}
         self._updates = 0
@@ -152,6 +174,8 @@ class WeightAverage(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the average at the weights, or bring a loaded one to their device."""
         self._live = trainer.model.state_dict()
+        buffers = {name for name, _ in trainer.model.named_buffers()} if self.batch_norm == "copy" else set()
+        self._copied = buffers | {name for name, w in self._live.items() if not w.is_floating_point()}
         loaded, self._average = self._average, {name: w.clone() for name, w in self._live.items()}
         if not loaded:
             return
@@ -167,13 +191,27 @@ class WeightAverage(Callback):
         if self.warmup:
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
-        floating = [name for name, value in self._average.items() if value.is_floating_point()]
-        if floating:
-            ours, theirs = [self._average[n] for n in floating], [self._live[n] for n in floating]
+        averaged = [name for name in self._average if name not in self._copied]
+        if averaged:
+            ours, theirs = [self._average[n] for n in averaged], [self._live[n] for n in averaged]
             torch._foreach_lerp_(ours, theirs, 1 - decay)
         for name, value in self._average.items():
-            if not value.is_floating_point():
+            if name in self._copied:
                 value.copy_(self._live[name])
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """The released code's extra update, which leaves the weights of the last epoch as they are."""
+        if self.twice_per_epoch and trainer.epoch < trainer.epochs:
+            self.after_step(trainer)
+
+    def explain(self) -> Explanation:
+        """The average; a step costs nothing more."""
+        tau = f"min({self.decay:g}, (1 + t) / (10 + t))" if self.warmup else f"{self.decay:g}"
+        statistics = {"average": "averaged alike", "copy": "copied from w", "recalibrate": "measured anew"}
+        note = f"batch-norm statistics: {statistics[self.batch_norm]}"
+        if self.batch_norm == "recalibrate":
+            note += f" on {self.calibration_batches} crafted batches each time the average is evaluated"
+        return Explanation(f"avg <- tau avg + (1 - tau) w, tau = {tau}", "Izmailov et al., UAI 2018", note=note)
 
     def averaged_model(self, trainer: Trainer) -> nn.Module:
         """A new network with the averaged weights, in eval mode.
@@ -231,25 +269,47 @@ class ClipWeights(Callback):
         maximum: > 0 (paper: 0.005, 0.01, 0.025).
         norm_layers: also clip scales and shifts of normalisation layers, as the paper's released code does;
             sound only where a scale of 0 means "unchanged", as in `norm=rebn`.
+        timing: "after_step", as above; or "before_scoring", as the released code has it: a batch is attacked at the
+            weights that the last step left, which are clipped only then, and at the end of each epoch.
 
     Raises:
-        UserError: if maximum is not positive.
+        UserError: if maximum is not positive, or for another timing.
     """
 
-    def __init__(self, *, maximum: float, norm_layers: bool = False) -> None:
+    def __init__(self, *, maximum: float, norm_layers: bool = False, timing: str = "after_step") -> None:
         require_range("maximum", maximum, low=0, low_open=True)
+        require_one_of("timing", timing, ("after_step", "before_scoring"))
         self.maximum = maximum
         self.norm_layers = norm_layers
+        self.timing = timing
         self._weights: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Clip the initial weights."""
         self._weights = list(perturbable(trainer.model, norm_layers=self.norm_layers).values())
-        self.after_step(trainer)
+        if self.timing == "after_step":
+            self._clip()
+
+    def after_craft(self, trainer: Trainer) -> None:
+        """Clip before a batch is scored, if that is the time."""
+        if self.timing == "before_scoring":
+            self._clip()
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Clip after each step, or after the last of an epoch only."""
+        if self.timing == "after_step" or trainer.step % len(trainer.data) == 0:
+            self._clip()
+
+    def explain(self) -> Explanation:
+        """The clipping; a step costs nothing more."""
+        when = "after each step" if self.timing == "after_step" else "between attacking and scoring a batch"
+        which = "scales and shifts of normalisation layers too" if self.norm_layers else "normalisation layers excluded"
+        return Explanation(
+            f"w <- clip(w, -{self.maximum:g}, {self.maximum:g}) {when}", "Stutz et al., ICCV 2021", note=which
+        )
 
     @torch.no_grad()
-    def after_step(self, trainer: Trainer) -> None:
-        """Clip the weights in place."""
+    def _clip(self) -> None:
         torch._foreach_clamp_min_(self._weights, -self.maximum)
         torch._foreach_clamp_max_(self._weights, self.maximum)
 

@@ -23,17 +23,27 @@ class Schedule:
         optimizer: its groups' learning rates at construction are the initial ones.
         total_steps: optimizer steps of the whole training, >= 1; later steps keep the last value.
         rate: (steps done, initial learning rate) -> learning rate of the next step.
+        momentum: (steps done, initial momentum) -> momentum of the next step; `None` leaves it.
 
     Raises:
-        UserError: if total_steps < 1.
+        UserError: if total_steps < 1, or the optimizer has no momentum to set.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, rate: Callable[[int, float], float]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        rate: Callable[[int, float], float],
+        momentum: Callable[[int, float], float] | None = None,
+    ) -> None:
         require_range("total_steps", total_steps, low=1)
+        if momentum is not None and any("momentum" not in group for group in optimizer.param_groups):
+            raise UserError(f"momentum cannot follow a schedule in {type(optimizer).__name__}: use optimizer=sgd.")
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self._rate = rate
+        self._rate, self._momentum = rate, momentum
         self._initial = [float(group["lr"]) for group in optimizer.param_groups]
+        self._momenta = [float(group.get("momentum", 0.0)) for group in optimizer.param_groups]
         self._done = 0
         self._apply()
 
@@ -68,6 +78,9 @@ class Schedule:
         position = min(self._done, self.total_steps - 1)
         for group, initial in zip(self.optimizer.param_groups, self._initial, strict=True):
             group["lr"] = self._rate(position, initial)
+        if self._momentum is not None:
+            for group, initial in zip(self.optimizer.param_groups, self._momenta, strict=True):
+                group["momentum"] = self._momentum(position, initial)
 
 
 def constant(optimizer: Optimizer, total_steps: int) -> Schedule:
@@ -131,11 +144,11 @@ def cyclic(
     start: float = 0.0,
     end: float = 0.0,
     rise: float = 0.5,
+    momentum_at_peak: float | None = None,
 ) -> Schedule:
     """Triangles from `start` over `peak` to `end` (paper: 0, 0.2, 0; 30 epochs each, 1-4 cycles).
 
-    Replaces the optimizer's learning rate. Momentum is not cycled (the paper's released code does, through a
-    default of its library).
+    Replaces the optimizer's learning rate.
 
     Args:
         optimizer, total_steps: see `Schedule`.
@@ -143,6 +156,8 @@ def cyclic(
         cycles: number of triangles, >= 1.
         start, end: learning rates at the ends of a triangle, in [0, peak].
         rise: share of a cycle in which the rate rises, in (0, 1).
+        momentum_at_peak: in [0, 1); momentum falls to it where the rate rises, and returns (the paper's released
+            code: 0.9 to 0.8, through a default of its library). `None` leaves it as it is.
 
     Raises:
         UserError: for values outside these ranges, or fewer than two steps per cycle.
@@ -161,7 +176,16 @@ def cyclic(
             return start + (peak - start) * position / rise
         return end + (peak - end) * (1 - position) / (1 - rise)
 
-    return Schedule(optimizer, total_steps, rate)
+    if momentum_at_peak is None:
+        return Schedule(optimizer, total_steps, rate)
+    require_range("momentum_at_peak", momentum_at_peak, low=0, high=1, high_open=True)
+
+    def momentum(step: int, initial: float) -> float:
+        position = (step * cycles) % total_steps / total_steps
+        height = position / rise if position < rise else (1 - position) / (1 - rise)
+        return initial + (momentum_at_peak - initial) * height
+
+    return Schedule(optimizer, total_steps, rate, momentum)
 
 
 def cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0) -> Schedule:

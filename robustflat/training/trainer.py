@@ -245,7 +245,10 @@ class Trainer:
         batch = next(self.data)
         self._clock.images += len(batch.x)
         with self._autocast():
-            return self.loss.craft(self.model, self.attack, batch, self.streams["attack"])
+            crafted = self.loss.craft(self.model, self.attack, batch, self.streams["attack"])
+        for callback in self.callbacks.values():
+            callback.after_craft(self)
+        return crafted
 
     def _score(self, batch: AdvBatch) -> LossTerms:
         with self._autocast():

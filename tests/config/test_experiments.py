@@ -13,18 +13,17 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from robustflat.apps.build import build
 from robustflat.apps.check import check
 from robustflat.apps.config import config_folder, register, run_name
 from robustflat.apps.rules import check_together
-from robustflat.loggers.base import Null
-from robustflat.rng import Streams
 from robustflat.training.trainer import Trainer
 from tests.config.conftest import Compose
+from tests.config.tiny import tiny_trainer
 
 FOLDER = config_folder() / "experiment" / "iccv21"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-GOLDEN = Path(__file__).parents[1] / "golden" / "iccv21.yaml"
+RELEASED = sorted(path.stem for path in FOLDER.with_name("iccv21_released").glob("*.yaml"))
+GOLDEN = Path(__file__).parents[1] / "golden"
 REGENERATE = "ROBUSTFLAT_REGENERATE"
 """Environment variable; with 1, the golden file is written instead of compared."""
 
@@ -32,10 +31,6 @@ ONE_OF_EACH_METHOD = [
     "at", "adam", "awp_001", "cyclic_2", "entropy_sgd_l2", "label_noise_04", "label_smoothing_03", "late", "mart_6",
     "only_correct", "pgd_tau_3", "predicted_labels", "self_supervision_4", "trades_6", "weight_averaging_09975",
     "weight_clipping_0005",
-]  # fmt: skip
-TINY = [
-    "device=cpu", "model.channels=2", "trainer.callbacks.evaluation=null",
-    "trainer.callbacks.checkpoint=null", "trainer.callbacks.snapshots=null", "attack.steps=1",
 ]  # fmt: skip
 
 
@@ -55,17 +50,20 @@ def differences(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted((changed | {key: "(absent)" for key in base if key not in own}).items()))
 
 
-def golden() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load(GOLDEN.read_text()) if GOLDEN.exists() else {}
+def golden(folder: str) -> dict[str, dict[str, Any]]:
+    path = GOLDEN / f"{folder}.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
 
 
-def write_golden(name: str, changed: dict[str, Any]) -> None:
-    GOLDEN.parent.mkdir(exist_ok=True)
-    text = yaml.safe_dump({**golden(), name: changed}, sort_keys=True, width=120)
-    comment = (
-        f"# Differences of each experiment from iccv21/at. To write it anew: {REGENERATE}=1 pytest -n 0 {__file__}"
-    )
-    GOLDEN.write_text(f"{comment.replace(str(GOLDEN.parents[2]) + '/', '')}\n{text}")
+def require_golden(folder: str, name: str, changed: dict[str, Any]) -> None:
+    """The differences are those of the golden file, or, on request, are written there."""
+    if os.environ.get(REGENERATE) == "1":
+        GOLDEN.mkdir(exist_ok=True)
+        text = yaml.safe_dump({**golden(folder), name: changed}, sort_keys=True, width=120)
+        how = f"To write it anew: {REGENERATE}=1 pytest -n 0 tests/config/test_experiments.py"
+        comment = f"# Differences of each experiment from iccv21/at. {how}"
+        (GOLDEN / f"{folder}.yaml").write_text(f"{comment}\n{text}")
+    assert changed == golden(folder)[name]
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +92,11 @@ def test_every_experiment_is_valid_and_differs_from_the_baseline_as_the_golden_f
     assert f"python train.py +experiment=iccv21/{name}\n" in header
     assert "Expected: RErr" in header
     changed = differences(baseline, resolved_leaves(config))
-    if os.environ.get(REGENERATE) == "1":
-        write_golden(name, changed)
-    assert changed == golden()[name]
+    require_golden("iccv21", name, changed)
 
 
 def test_no_two_experiments_are_the_same():
-    changed = {name: repr(values) for name, values in golden().items()}
+    changed = {name: repr(values) for name, values in golden("iccv21").items()}
     assert sorted(changed) == NAMES
     assert len(set(changed.values())) == len(NAMES)
     assert [name for name, text in changed.items() if text == "{}"] == ["at"]
@@ -128,24 +124,10 @@ def test_the_command_line_wins_over_an_experiment(compose):
     assert config.dataset._target_.endswith("Dataset") and config.dataset.source._target_.endswith("Synthetic")
 
 
-def two_steps(compose: Compose, name: str) -> Trainer:
-    """The experiment on eight made-up images, two steps of four, with its own method and a two-channel network."""
-    cycles = int(name.rpartition("_")[2]) if name.startswith("cyclic") else 1  # a cycle needs two steps
-    source = ["dataset.source.size=8", "dataset.source.count=8", "dataset.source.test_count=4", "dataset.batch_size=4"]
-    config = compose(f"+experiment=iccv21/{name}", "dataset=synthetic", *source, *TINY, f"trainer.epochs={cycles}")
-    streams = Streams(0)
-    node = OmegaConf.masked_copy(config.trainer, [k for k in config.trainer if k != "callbacks"])
-    callbacks = {k: build(v) for k, v in config.trainer.callbacks.items() if v is not None}
-    trainer: Trainer = build(node, _partial_=True)(
-        model=build(config.model),
-        data=build(config.dataset).train_stream(streams),
-        attack=build(config.attack),
-        make_optimizer=build(config.optimizer),
-        make_schedule=build(config.schedule),
-        logger=Null(),
-        streams=streams,
-        callbacks=callbacks,
-    )
+def two_steps(compose: Compose, experiment: str) -> Trainer:
+    """The experiment, such as "iccv21/cyclic_2", trained for two steps with its own method (a cycle needs two)."""
+    cycles = int(experiment.rpartition("_")[2]) if "/cyclic_" in experiment else 1
+    trainer = tiny_trainer(compose, f"+experiment={experiment}", "attack.steps=1", f"trainer.epochs={cycles}")
     trainer.fit()
     return trainer
 
@@ -159,11 +141,59 @@ def require_trained(trainer: Trainer) -> None:
 @pytest.mark.parametrize("name", ONE_OF_EACH_METHOD)
 def test_each_method_runs_two_steps(compose, name):
     torch.manual_seed(0)
-    require_trained(two_steps(compose, name))
+    require_trained(two_steps(compose, f"iccv21/{name}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ONE_OF_EACH_METHOD])
 def test_every_other_experiment_runs_two_steps(compose, name):
     torch.manual_seed(0)
-    require_trained(two_steps(compose, name))
+    require_trained(two_steps(compose, f"iccv21/{name}"))
+
+
+# What the released code does otherwise.
+
+RELEASED_OF_EACH_KIND = [
+    "at", "awp", "constant_rate_01", "cyclic", "entropy_sgd_l3", "label_smoothing_02", "only_correct",
+    "predicted_labels", "self_supervision_1", "trades_6", "weight_averaging", "weight_clipping_0015", "weight_decay",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_released_experiment_is_valid_and_differs_as_the_golden_file_says(compose, baseline, name):
+    config = compose(f"+experiment=iccv21_released/{name}")
+    assert check(config) == []
+    check_together(config)
+    header = (FOLDER.with_name("iccv21_released") / f"{name}.yaml").read_text()
+    assert f"# Run:  python train.py +experiment=iccv21_released/{name}\n" in header
+    assert "# Old name: " in header
+    changed = differences(baseline, resolved_leaves(config))
+    require_golden("iccv21_released", name, changed)
+    assert changed["attack.random_start"] == "uniform_norm"
+    assert changed["evaluation.attacks.autoattack.attacks"] == ["fab-t", "apgd-ce", "apgd-t"]
+
+
+def test_no_two_released_experiments_are_the_same():
+    changed = {name: repr(values) for name, values in golden("iccv21_released").items()}
+    assert sorted(changed) == RELEASED
+    assert len(set(changed.values())) == len(RELEASED)
+
+
+def test_what_the_released_code_does_everywhere_goes_on_top_of_any_row(compose):
+    config = compose("+experiment=iccv21/mart_6", "dataset=cifar10_released", "+protocol=released")
+    assert check(config) == []
+    assert (config.trainer.loss.beta, config.attack.ball.epsilon, config.attack.steps) == (6.0, 0.0314, 7)
+    assert config.evaluation.measures.worst.protocol == "released"
+
+
+@pytest.mark.parametrize("name", RELEASED_OF_EACH_KIND)
+def test_each_released_kind_runs_two_steps(compose, name):
+    torch.manual_seed(0)
+    require_trained(two_steps(compose, f"iccv21_released/{name}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RELEASED if name not in RELEASED_OF_EACH_KIND])
+def test_every_other_released_experiment_runs_two_steps(compose, name):
+    torch.manual_seed(0)
+    require_trained(two_steps(compose, f"iccv21_released/{name}"))

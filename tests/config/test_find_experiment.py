@@ -110,7 +110,7 @@ def test_numbers_without_their_point_are_read(text, value):
 
 @pytest.mark.parametrize("name", ["nonsense", f"at_{T}_f100_wd7", "at_linf_gd_normalized_lr0007_mom0_i9_e00314_f100"])
 def test_another_name_is_refused(name):
-    with pytest.raises(UnknownNameError, match="is not a training name"):
+    with pytest.raises(UnknownNameError, match="is not a name"):
         find(name)
 
 
@@ -123,4 +123,4 @@ def test_the_script_prints_commands_and_fails_for_unknown_names(capsys):
     assert main([f"at_{T}_f100_ls01"]) == 0
     assert "+experiment=iccv21/label_smoothing_01" in capsys.readouterr().out
     assert main(["nonsense"]) == 1
-    assert "is not a training name" in capsys.readouterr().err
+    assert "is not a name" in capsys.readouterr().err

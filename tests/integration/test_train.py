@@ -126,6 +126,58 @@ def test_a_failing_job_of_a_sweep_does_not_stop_the_others(cli, tmp_path):
     assert len(list(tmp_path.glob("outputs/digits-at/*/DONE"))) == 1
 
 
+@pytest.mark.slow
+def test_a_sweep_file_runs_and_skips_what_is_done(cli, tmp_path):
+    job = ("+sweep=seeds", "seed=0,1", *TINY, "trainer.epochs=1")
+    assert cli(*job).code == 0
+    again = cli(*job)
+    assert again.code == 0
+    assert again.out.count("This run is done") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the plugin's Optuna 2 is older than the Python it runs on
+def test_the_optuna_search_runs_and_finds_its_trials_again(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra robustflat[optuna]")
+    tiny = [
+        word for word in TINY if not word.startswith(("dataset.train", "evaluation=", "trainer.callbacks.evaluation"))
+    ]
+    search = (
+        "+sweep=optuna",
+        "hydra.sweeper.n_trials=2",
+        *tiny,
+        "trainer.epochs=1",
+        "trainer.callbacks.evaluation=null",
+    )
+    small = ("evaluation=smoke", "dataset.batch_size=256")
+    first = cli(*search, *small)
+    assert first.code == 0, first.err
+    assert len(list(tmp_path.glob("outputs/digits-at/*/DONE"))) == 2
+    again = cli(*search, *small)
+    assert again.out.count("This run is done") == 2
+
+
+def test_explaining_prints_the_method_and_leaves_nothing_behind(cli, tmp_path):
+    answer = cli("trainer=trades_awp", "explain=true", *TINY)
+    assert answer.code == 0, answer.err
+    for text in (
+        "CE(f(x), y) + 6 KL(p(x) || p(x'))", "Zhang et al., ICML 2019", "0.005 ||w_l|| g_l / ||g_l||", "Wu et al.",
+        "sgd(lr=0.05", "multistep(", "F + K (F + Bx) + F + (k + 1) (2 (F + B))", "(K = 2, k = 1)", "8 F + 4 B + 2 Bx",
+        "steps           4", "2 epochs",
+    ):  # fmt: skip
+        assert text in answer.out, text
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_explaining_needs_no_data_and_a_wrong_value_is_refused(cli, tmp_path):
+    answer = cli("+experiment=iccv21/mart_6", "explain=true", f"data_root={tmp_path}/none")
+    assert answer.code == 0, answer.err
+    assert "Wang et al., ICLR 2020" in answer.out
+    assert "could not be read" in answer.out
+    assert cli("explain=true", "optimizer.lr=-1").code == 1
+    assert not list(tmp_path.glob("outputs/*"))
+
+
 def test_a_data_set_of_ones_own_by_config_dir(cli, tmp_path):
     (tmp_path / "mine" / "trainer").mkdir(parents=True)
     (tmp_path / "mine" / "trainer" / "gentle.yaml").write_text("# mine\ndefaults: [base, _self_]\nlog_every: 7\n")

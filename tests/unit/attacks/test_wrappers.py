@@ -158,6 +158,29 @@ def test_predicted_labels_predict_in_eval_mode() -> None:
     assert model.norm.num_batches_tracked == 0
 
 
+def test_in_train_mode_the_clean_batch_decides_and_enters_the_statistics() -> None:
+    x, y = three()
+    shifted = x + torch.tensor([0.0, 0.5])  # by the running statistics all are of class 1, by the batch's the last
+    for wrapper, runs in ((PredictedLabels, 1), (OnlyCorrect, 1)):
+        model, script = Linear().eval(), Scripted(([0.0] * 3, [False] * 3))
+        found = wrapper(script, mode="train")(model, shifted, y)
+        assert model.norm.num_batches_tracked == runs
+        torch.testing.assert_close(model.norm.running_mean, 0.1 * shifted.flatten(1).mean(dim=0))
+        assert not model.training
+        if wrapper is PredictedLabels:
+            assert script.calls[0][0].tolist() == [0, 0, 1]
+        else:
+            assert which(found)[:2] == [1, 1]
+            assert torch.equal(found.x_adv[2], shifted[2])
+
+
+def test_train_mode_needs_the_model_and_other_modes_are_refused() -> None:
+    with pytest.raises(UserError, match="attack_mode=eval"):
+        OnlyCorrect(ATTACK, mode="train")(lambda x: x.flatten(1), *three())
+    with pytest.raises(UserError, match="mode must be one of"):
+        PredictedLabels(ATTACK, mode="both")
+
+
 def test_only_correct_leaves_misclassified_images_clean() -> None:
     x, y = three()
     found = OnlyCorrect(ATTACK)(Linear(), x, y)

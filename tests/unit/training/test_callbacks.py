@@ -187,7 +187,7 @@ def test_saving_without_a_folder_is_refused_before_training(make_trainer, callba
     ("build", "message"),
     [
         (partial(WeightAverage, decay=1.0), r"decay must lie in \[0, 1\), got 1.0"),
-        (partial(WeightAverage, batch_norm="copy"), "batch_norm must be one of average, recalibrate"),
+        (partial(WeightAverage, batch_norm="none"), "batch_norm must be one of average, copy, recalibrate"),
         (partial(WeightAverage, calibration_batches=0), "calibration_batches must lie in"),
         (partial(ClipWeights, maximum=0), r"maximum must lie in \(0, inf\)"),
         (partial(Snapshots, every=0), "every must lie in"),
