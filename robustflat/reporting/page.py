@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import plotly.offline  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustflat import __version__
 from robustflat.errors import UserError
 from robustflat.reporting import figures
 from robustflat.reporting.answer import answer_of
@@ -163,7 +162,7 @@ def _assets() -> dict[str, Any]:
     css, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     bundle = resources.files(itables) / "html"
     return {
-        "version": __version__,
+        "version": _version(),
         "css": Markup(css),
         "script": Markup(f"const PALETTES = {_json(_SCHEMES)};\n{script}"),
         "palette": Markup(_palette()),
@@ -205,6 +204,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("robustflat")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _write(path: Path, text: str) -> None:
