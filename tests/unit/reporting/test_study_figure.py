@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+from pathlib import Path
 
+from robustflat.reporting.figures import save
 from robustflat.reporting.records import Study
 from robustflat.reporting.study_figure import study_figure
 from tests.unit.reporting.made_up import failed, study
@@ -25,8 +26,11 @@ def test_few_models_carry_their_names() -> None:
     assert len(figure.axes[0].texts) >= 3
 
 
-def test_dollars_in_names_are_no_formulas() -> None:
-    study_figure(study(4, 1, full=False)).savefig(io.BytesIO(), format="svg")
+def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    svg, png = save(study_figure(study(4, 1, full=False)), tmp_path, "study")
+    assert "&lt;script&gt;" in svg.read_text() and "<script" not in svg.read_text()
+    assert "$x_1$" in svg.read_text()  # no formula
+    assert png.stat().st_size > 0
 
 
 def test_without_numbers_it_says_so() -> None:
