@@ -7,7 +7,7 @@ from pathlib import Path
 from robustflat.reporting.figures import save
 from robustflat.reporting.records import Study
 from robustflat.reporting.study_figure import study_figure
-from tests.unit.reporting.made_up import failed, study
+from tests.unit.reporting.made_up import HOSTILE, failed, study
 
 
 def test_titles_tell_correlation_interval_and_count() -> None:
@@ -27,10 +27,12 @@ def test_few_models_carry_their_names() -> None:
 
 
 def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
-    svg, png = save(study_figure(study(4, 1, full=False)), tmp_path, "study")
-    assert "&lt;script&gt;" in svg.read_text() and "<script" not in svg.read_text()
-    assert "$x_1$" in svg.read_text()  # no formula
-    assert png.stat().st_size > 0
+    figure = study_figure(study(4, 1, full=False))
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert HOSTILE[0] in shown
+    assert any(r"\$x_1\$" in text for text in shown)  # escaped: no formula
+    svg, png = save(figure, tmp_path, "study")
+    assert "<script" not in svg.read_text() and png.stat().st_size > 0
 
 
 def test_without_numbers_it_says_so() -> None:
