@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,10 @@ _NAME = re.compile(
 )
 
 
+Row = tuple[Any, ...]
+_READ = ("measure", "metric", "split", "checkpoint", "value", *PARTS)
+
+
 class Quantity(NamedTuple):
     """What a name such as "pgd20 robust_loss (train) @early_stopped" asks for."""
 
@@ -34,19 +38,21 @@ class Quantity(NamedTuple):
     split: str
     checkpoint: str
 
-    def rows(self, record: RunRecord) -> pd.DataFrame:
-        """The rows of the record's table that answer."""
-        table = record.table
-        if table.empty:
-            return table
-        checkpoint = record.early_stopped if self.checkpoint == "early_stopped" else self.checkpoint
-        found = table[(table["metric"] == self.metric) & (table["checkpoint"] == checkpoint)]
-        if self.measure is not None:
-            found = found[found["measure"] == self.measure]
+    def fits(self, row: Row, early_stopped: str) -> bool:
+        """Whether a row (the columns `_READ`) answers; `early_stopped` is the name of that checkpoint in the run."""
+        measure, metric, split, checkpoint = row[:4]
+        wanted = early_stopped if self.checkpoint == "early_stopped" else self.checkpoint
+        if (
+            metric != self.metric
+            or checkpoint != wanted
+            or self.measure not in (None, measure)
+            or not isinstance(split, str)
+        ):
+            return False
         if self.split in ("test", "train"):
             # A role: "test", "test[:1000]", but neither the difference nor another data set's "cifar100 test".
-            return found[found["split"].str.fullmatch(rf"{self.split}(\[.*\])?", na=False)]
-        return found[found["split"] == (GAP if self.split == "gap" else self.split)]
+            return re.fullmatch(rf"{self.split}(\[.*\])?", split) is not None
+        return bool(split == (GAP if self.split == "gap" else self.split))
 
 
 def quantity(name: str) -> Quantity:
@@ -78,8 +84,8 @@ def columns(records: Iterable[RunRecord], **names: str) -> pd.DataFrame:
 
     >>> from robustflat.reporting.paper import from_paper
     >>> frame = columns(from_paper(), x="average flatness", y="robust_loss")
-    >>> frame.loc[0, ["label", "x", "y"]].tolist()
-    ['+Unlabeled', 0.32, 1.18]
+    >>> [str(value) for value in frame.loc[0, ["label", "x", "y"]]]
+    ['+Unlabeled', '0.32', '1.18']
 
     Args:
         records: of runs; also failed ones, which have missing numbers.
@@ -101,23 +107,30 @@ def columns(records: Iterable[RunRecord], **names: str) -> pd.DataFrame:
         part: pd.Series([getattr(record, part) for record in listed], dtype="Int64" if part == "seed" else "str")
         for part in IDENTITY
     }
+    rows = [_rows(record) for record in listed]
     for name, wanted in asked.items():
-        found = [_numbers(record, wanted) for record in listed]
+        found = [_numbers(record, lines, wanted) for record, lines in zip(listed, rows, strict=True)]
         for index, part in enumerate(("", *(f"_{part}" for part in PARTS))):
             made[name + part] = pd.Series([numbers[index] for numbers in found], dtype="float64")
     return pd.DataFrame(made)
 
 
-def _numbers(record: RunRecord, wanted: Quantity) -> Sequence[float]:
-    rows = wanted.rows(record)
-    if rows.empty:
+def _rows(record: RunRecord) -> list[Row]:
+    """The record's table as plain rows: many small look-ups in a frame would take seconds."""
+    if record.table.empty:
+        return []
+    return list(zip(*(record.table[name].tolist() for name in _READ), strict=True))
+
+
+def _numbers(record: RunRecord, rows: Sequence[Row], wanted: Quantity) -> Sequence[float]:
+    found = [row for row in rows if wanted.fits(row, record.early_stopped)]
+    if not found:
         return [np.nan] * (1 + len(PARTS))
-    measures = list(dict.fromkeys(rows["measure"]))
+    measures = list(dict.fromkeys(row[0] for row in found))
     if len(measures) > 1:
         raise UserError(
             f"{record.label} has {wanted.metric} by {', '.join(measures)}; write which, such as "
             f"'{measures[0]} {wanted.metric}'."
         )
     # Measured twice with different settings: the one written last counts, as in store.tables.wide.
-    last = rows.iloc[-1]
-    return [float(last[part]) if pd.notna(last[part]) else np.nan for part in ("value", *PARTS)]
+    return [float(value) if pd.notna(value) else np.nan for value in found[-1][4:]]

@@ -42,9 +42,9 @@ def correlation_over_examples(
         method: "pearson", "spearman" or "kendall".
         names: of x and y in sentences.
         clusters: (n,) independent unit (configuration) of each model.
-        settings: of the interval. Noise of examples pulls coefficients to 0, so that a percentile interval lies too low;
+        settings: of the interval. Noise of examples pulls coefficients to 0, so a percentile interval lies too low;
             "auto" and "bca" correct for it: BCa where models are drawn, a normal interval of arctanh moved by the bias
-            where only examples are.
+            where only examples are. That one is rough for ranks.
 
     Raises:
         UserError: if the arrays do not have one (n, N) shape, or for an unknown method, source or an analytic interval.

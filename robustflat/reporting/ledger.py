@@ -134,13 +134,20 @@ def reproduction_ledger(
     require_one_of("table", table, ("models", "table1"))
     rows, ours = printed(table), runs_by_row(records)
     cells = {name: CELLS[name] for name in rows.columns if name in CELLS}
+    whys, used = {}, {}
+    for experiment in rows["experiment"]:
+        reasons = [comparable(record) for record in ours[experiment]]
+        fit = [record for record, reason in zip(ours[experiment], reasons, strict=True) if not reason]
+        whys[experiment] = "" if fit or not reasons else reasons[0]
+        used[experiment] = fit or ours[experiment]
+    # All at once: a frame for each row would take seconds.
+    flat = [record for runs in used.values() for record in runs]
+    whole = columns(flat, **{name: cell.quantity for name, cell in cells.items()})
+    row_of = pd.Series([experiment for experiment, runs in used.items() for _ in runs], dtype="str")
     lines = []
     for row in rows.to_dict("records"):
-        runs = ours[str(row["experiment"])]
-        reasons = {record.run_id: comparable(record) for record in runs}
-        fit = [record for record in runs if not reasons[record.run_id]]
-        why = "" if fit or not runs else next(iter(reasons.values()))
-        frame = columns(fit or runs, **{name: cell.quantity for name, cell in cells.items()})
+        experiment = str(row["experiment"])
+        frame, runs, why = whole[row_of == experiment], used[experiment], whys[experiment]
         for name, cell in cells.items():
             number = _ours(frame, name, confidence)
             paper = float(row[name]) / cell.scale
