@@ -25,7 +25,7 @@ def paper_study() -> Study:
         runs=from_paper(),
         dataset="CIFAR-10",
         attack="PGD-20 with 10 restarts for RLoss, AutoAttack for RErr",
-        parameters="all weights, each layer relative to its norm",
+        parameters="displaced relative to the norm of each layer",
         classes=10,
         group_edges=(GOOD, POOR),
         notes=(

@@ -24,7 +24,7 @@ def parts_table(material: Material) -> ReportTable | Missing:
     columns = {"label": "model", "seed": "seed", "last": "RLoss", "train": "train RLoss", "gap": "gap",
                "gap_stderr": "± gap", "early_stopped": "early-stopped RLoss", "after_best": "last minus early-stopped",
                "onset": "overfits after epoch", "note": "note", "run_id": "run"}  # fmt: skip
-    shown = frame[list(columns)].rename(columns=columns)
+    shown = frame[list(columns)].rename(columns=columns).dropna(axis=1, how="all")
     rising = int(frame["onset"].notna().sum())
     caption = (
         f"RLoss on test is train RLoss plus gap, or early-stopped RLoss plus what came after, in nats. "

@@ -8,8 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.metadata import version
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def _assets() -> dict[str, Any]:
     css, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     bundle = resources.files(itables) / "html"
     return {
-        "version": version("robustflat"),
+        "version": _version(),
         "css": Markup(css),
         "script": Markup(f"const PALETTES = {_json(_SCHEMES)};\n{script}"),
         "palette": Markup(_palette()),
@@ -205,6 +204,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("robustflat")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from robustflat.errors import UserError
 from robustflat.reporting import columns as named_columns
-from robustflat.reporting.records import Study
+from robustflat.reporting.records import RunRecord, Study
 
 GROUPS = ("good", "average", "poor", "worse")
 """Groups of networks by robust error, as in Table 1 of Stutz et al. (ICCV 2021)."""
@@ -105,13 +105,21 @@ class Pool:
         """The row of each run that holds a quantity, the last if there are several, indexed by the run's position."""
         if quantity.name not in self._known:
             wanted = named_columns.quantity(quantity.name)
-            found = [rows for record in self._records if len(rows := wanted.rows(record))]
+            found = [rows for record in self._records if len(rows := _answering(record, wanted))]
             joined = pd.concat(found) if found else pd.DataFrame(columns=["run", *_NUMBERS])
             self._known[quantity.name] = joined.drop_duplicates("run", keep="last").set_index("run").sort_index()
         return self._known[quantity.name]
 
 
 _NUMBERS = ("value", "stderr")
+
+
+def _answering(record: RunRecord, wanted: named_columns.Quantity) -> pd.DataFrame:
+    """The rows of a record's table that hold a quantity."""
+    rows = record.table[(record.table["metric"] == wanted.metric).fillna(False)]
+    parts = rows[["measure", "metric", "split", "checkpoint"]].astype("object")
+    parts = parts.where(parts.notna(), None)
+    return rows[[wanted.fits(tuple(part), record.early_stopped) for part in parts.itertuples(index=False)]]
 
 
 def quantities(pool: Pool) -> dict[str, Quantity]:

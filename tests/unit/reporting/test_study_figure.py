@@ -1,0 +1,41 @@
+"""The static figure of a study: what its titles say, whatever names and gaps there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustflat.reporting.figures import save
+from robustflat.reporting.records import Study
+from robustflat.reporting.study_figure import study_figure
+from tests.unit.reporting.made_up import HOSTILE, failed, study
+
+
+def test_titles_tell_correlation_interval_and_count() -> None:
+    figure = study_figure(study(8, 2, hostile=False, full=False))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert all(title.startswith("Pearson 0.9") and title.endswith("n = 16") for title in titles)
+    assert [axes.get_xlabel().split(" (")[0] for axes in figure.axes] == [
+        "average-case flatness",
+        "worst-case flatness",
+    ]
+
+
+def test_few_models_carry_their_names() -> None:
+    figure = study_figure(study(6, 1, hostile=False, full=False))
+    assert {text.get_text() for text in figure.axes[0].texts} <= {f"Method {i} {j}" for i in (0, 1) for j in (1, 2, 3)}
+    assert len(figure.axes[0].texts) >= 3
+
+
+def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    figure = study_figure(study(4, 1, full=False))
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert HOSTILE[0] in shown
+    assert any(r"\$x_1\$" in text for text in shown)  # escaped: no formula
+    svg, png = save(figure, tmp_path, "study")
+    assert "<script" not in svg.read_text() and png.stat().st_size > 0
+
+
+def test_without_numbers_it_says_so() -> None:
+    for runs in ([], [failed()]):
+        figure = study_figure(Study("Nothing", "?", runs))
+        assert all("RLoss against" in axes.texts[0].get_text() for axes in figure.axes)
