@@ -26,6 +26,7 @@ from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, digest_of, find_run, snapshots, stored_config, weights_of
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.surrogates import give_surrogates, name_surrogates
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
@@ -112,7 +113,9 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     complete(config, stored, choices)
     require_sound(config)
     config.device = config.dataset.device = choose_device(config.device)
+    surrogates = name_surrogates(config.evaluation, Path(config.outputs))
     plan: EvaluationPlan = build(config.evaluation)
+    give_surrogates([*plan.attacks.values(), *plan.measures.values(), plan.selection], config, surrogates)
     dataset: Dataset = build(config.dataset)
     require_examples(plan, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
@@ -137,7 +140,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             files = [_early_stopped(config, bench, run)]
         names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
         rows = bench.rows(names)
-        print_evaluation(console, rows, bench, files)
+        print_evaluation(console, rows, bench, files, names)
     return rows
 
 

@@ -29,6 +29,7 @@ from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
+from robustflat.apps.surrogates import give_surrogates
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
@@ -139,6 +140,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
     logger = _logger(config, folder, name, console)
     model = seeded_model(config).to(config.device)
+    give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
     require_splits(config, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))

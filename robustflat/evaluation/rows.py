@@ -1,12 +1,12 @@
 """From stored arrays to tidy rows: one number each, with its uncertainty and what it belongs to.
 
-A row has the keys kind ("clean", "attack" or "flatness"), measure (the name of attack or flatness measure),
+A row has the keys kind ("clean", "attack", "flatness" or "sanity"), measure (the name of attack or flatness measure),
 metric, value and count (examples), and where they exist stderr, low and high (95 %), and radius.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,19 @@ def attack_rows(
     return made.rows
 
 
+def sanity_rows(kind: str, measure: str, findings: Sequence[Mapping[str, str]]) -> list[Row]:
+    """How many checks gave a warning; none where nothing was checked.
+
+    Args:
+        kind, measure: what was checked.
+        findings: with the keys check, level ("ok" or "warning") and message.
+    """
+    made = _Rows(kind, measure, None)
+    if findings:
+        made.add("sanity_warnings", float(sum(finding["level"] != "ok" for finding in findings)))
+    return made.rows
+
+
 def any_wrong(clean: Tensor, runs: Tensor, labels: Tensor) -> Tensor:
     """Which examples are wrong clean or in any of the runs (R, N, K), bool (N,)."""
     return torch.stack([metrics.wrong(logits, labels) for logits in (clean, *runs)]).any(dim=0)
@@ -109,7 +122,7 @@ def gap_rows(test: Sequence[Row], train: Sequence[Row]) -> list[Row]:
 class _Rows:
     """Rows of one measure, filled metric by metric."""
 
-    def __init__(self, kind: str, measure: str, count: int, radius: float | None = None) -> None:
+    def __init__(self, kind: str, measure: str, count: int | None, radius: float | None = None) -> None:
         self.base: Row = {"kind": kind, "measure": measure, "count": count, "radius": radius}
         self.rows: list[Row] = []
 

@@ -156,7 +156,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_numbers_and_repeats_no_
     assert evaluate(f"run={run}", *PAPER).code == 130
     monkeypatch.setattr(bench, "_measure", lambda *a: (done.append(a[-1].name), measure(*a))[1])
     assert evaluate(f"run={run}", *PAPER).code == 0
-    assert sorted(done) == ["average", "clean", "clean", "pgd20", "pgd20", "worst"]
+    assert sorted(done) == ["average", "clean", "clean", "pgd20", "pgd20", "sanity", "worst"]
     interrupted_arrays = arrays_of(run / "results.h5")
     (run / "results.h5").unlink()
     assert evaluate(f"run={run}", *PAPER).code == 0
@@ -187,7 +187,7 @@ def test_force_measures_again_and_replaces(evaluate, run, monkeypatch):
     measure, done = bench._measure, []
     monkeypatch.setattr(bench, "_measure", lambda *a: (done.append(a[-1].name), measure(*a))[1])
     assert evaluate(f"run={run}", *PAPER, "force=true").code == 0
-    assert len(done) == 6
+    assert len(done) == 7
     assert_same(before, arrays_of(run / "results.h5"))
 
 
@@ -212,7 +212,7 @@ def test_a_single_measure_and_a_single_attack(evaluate, run):
     answer = evaluate(f"run={run}", *SMALL, "attack=pgd7")
     assert answer.code == 0, answer.err
     names = ResultStore(run / "results.h5").names()
-    assert {name.split("/", 2)[2] for name in names} == {"clean", "flatness/average_clean", "attacks/pgd7"}
+    assert {name.split("/", 2)[2] for name in names} == {"clean", "sanity", "flatness/average_clean", "attacks/pgd7"}
 
 
 def test_other_settings_of_one_name_stand_beside_the_first(evaluate, run):
