@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.evaluation import metrics
+from robustflat.flatness.result import rise_per_example
 
 Row = dict[str, Any]
 
@@ -193,10 +194,7 @@ def flatness_rows(
         )
     made = _Rows("flatness", name, reference.numel(), radius)
     rises = losses.double() - reference.double()
-    parts = torch.split(rises, list(groups), dim=1)
-    per_example = rises.mean(dim=0)
-    if reduction == "max":
-        per_example = torch.cat([part[part.mean(dim=1).argmax()] for part in parts])
+    per_example = rise_per_example(losses, reference, reduction=reduction, groups=groups)
     trials = rises.mean(dim=1)
     low, high = metrics.bootstrap_interval(per_example)
     made.add("flatness", float(per_example.mean()), stderr=metrics.standard_error(trials))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +90,7 @@ class FlatnessResult:
     @property
     def per_example(self) -> Tensor:
         """Contribution of each example, float64 (N,); their mean is `value`."""
-        rises = self.losses.double() - self.reference.double()
-        if self.reduction == "mean":
-            return rises.mean(dim=0)
-        worst = [part[part.mean(dim=1).argmax()] for part in torch.split(rises, list(self.groups), dim=1)]
-        return torch.cat(worst)
+        return rise_per_example(self.losses, self.reference, reduction=self.reduction, groups=self.groups)
 
     @property
     def value(self) -> float:
@@ -191,6 +188,21 @@ class FlatnessResult:
             f"{self.precision}, seed {self.seed}, {self.seconds:.1f} s)"
         )
         return text if self.trace is None else f"{text}; {self.convergence()}"
+
+
+def rise_per_example(losses: Tensor, reference: Tensor, *, reduction: str, groups: Sequence[int]) -> Tensor:
+    """Contribution of each example to the flatness, float64 (N,).
+
+    Args:
+        losses: (T, N) at the weights of each trial.
+        reference: (N,) at the weights themselves.
+        reduction: "mean" over trials, or "max": of every group the trial with the largest mean.
+        groups: sizes of the groups of examples that share a displacement, in order.
+    """
+    rises = losses.double() - reference.double()
+    if reduction == "mean":
+        return rises.mean(dim=0)
+    return torch.cat([part[part.mean(dim=1).argmax()] for part in torch.split(rises, list(groups), dim=1)])
 
 
 _SETTINGS = (
