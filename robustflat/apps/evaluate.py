@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -153,6 +154,10 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
     singles = {group: config[group] for group in ("attack", "flatness") if config[group] is not None}
     evaluation = config.evaluation
     evaluation.setdefault("measures", {})
+    for group, node in singles.items():  # said of the keys that the command has, before the nodes are moved
+        missing = [f"{group}.{key}" for key in _missing(OmegaConf.to_container(node, resolve=False))]
+        if missing:
+            raise UserError(f"{', '.join(missing)}: needs a value; write {missing[0]}=... on the command line.")
     if singles:
         evaluation.attacks, evaluation.measures, evaluation.restarts = {}, {}, {}
         for group, node in singles.items():
@@ -169,6 +174,15 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
     config.seed = config.seed if config.seed is not None else (0 if stored is None else stored.seed)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
+
+
+def _missing(values: Any, path: str = "") -> Iterator[str]:
+    """Keys of nested plain values that have no value yet."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif values == "???":
+        yield path
 
 
 def _measure_name(node: DictConfig) -> str:

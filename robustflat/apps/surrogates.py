@@ -37,8 +37,6 @@ def name_surrogates(node: DictConfig | ListConfig, outputs: Path) -> dict[str, P
         UserError: if a run is not there, or has no weights.
     """
     found: dict[str, Path] = {}
-    if isinstance(node, DictConfig) and OmegaConf.is_missing(node, "surrogate"):
-        raise UserError("attack.surrogate: a transfer attack searches on another run: surrogate=<run id or folder>.")
     if isinstance(node, DictConfig) and node.get("_target_") == TARGET:
         run = find_run(str(node.surrogate), outputs)
         node.surrogate = f"{run.resolve().name}@{digest_of(weights_of(choose(run, 'last', 'model')[0]))}"
