@@ -39,7 +39,7 @@ def sanity_of(store: ResultStore, names: Sequence[str]) -> list[Checked]:
             about = f"{attrs['split']}" if attrs["kind"] == "sanity" else f"{attrs['name']} on {attrs['split']}"
             found.append(Checked(str(attrs["checkpoint"]), about, _findings(store, name, attrs["sanity"])))
         if str(attrs.get("convergence", "")):
-            level = "ok" if attrs.get("converged") else "warning"
+            level = "ok" if attrs.get("converged", True) else "warning"  # absent: cannot be told
             finding = Finding("convergence", level, str(attrs["convergence"]))
             found.append(Checked(str(attrs["checkpoint"]), f"{attrs['name']} on {attrs['split']}", (finding,)))
     return [*found, *_without_gradients(store, names)]

@@ -28,9 +28,7 @@ def test_errors_are_compared_by_the_exact_sign_test() -> None:
     error, loss = compare_clean(FIRST, SECOND, LABELS)
     assert (error.first, error.second, error.examples) == (0.7, 0.2, 10)
     assert error.difference == pytest.approx(0.5)
-    assert error.p_value == pytest.approx(
-        stats.binomtest(1, 7, 0.5).pvalue
-    )  # 6 wrong in the first only, 1 in the second
+    assert error.p_value == pytest.approx(stats.binomtest(1, 7, 0.5).pvalue)
     assert error.low < 0.5 < error.high
     assert loss.difference == pytest.approx(0.5)  # a wrong answer costs one nat more than a right one
     assert "McNemar, 6 and 1" in error.test
@@ -66,7 +64,7 @@ def test_two_results_of_evaluate_are_compared() -> None:
     assert found.keys() == {"error", "loss", "robust_error", "robust_loss"}
     assert found["robust_error"].difference == pytest.approx(one.robust_error - other.robust_error)
     assert found["robust_loss"].difference == pytest.approx(one.robust_loss - other.robust_loss)
-    with pytest.raises(UserError, match="different threat models: linf 0.1 and linf 0.2"):
+    with pytest.raises(UserError, match=r"different threat models: linf 0\.1 and linf 0\.2"):
         one.compare(evaluate(second, x, y, attack=Pgd(LinfBall(0.2), steps=2, step_size=0.05)))
     with pytest.raises(UserError, match="different examples"):
         one.compare(evaluate(second, x, (y + 1) % 3, attack=attack))
