@@ -5,7 +5,7 @@
 
 Every implementation attacks the same model and images in one process, in turn; figures are medians over the rounds
 and ratios of medians. Networks: "small" is the reference CNN, "residual" a ResNet-18 of a few channels, trained here
-against PGD on the same images for a minute (so that part of them resists). Prints Markdown.
+against PGD on all 128 reference images for a minute or two (so that part of them resists). Prints Markdown.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def main() -> None:
 def build(network: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """A network in eval mode, images and labels."""
     small, x, y = cnn_cifar10()
-    x, y = x[: options.images].to(options.device), y[: options.images].to(options.device)
+    x, y = x.to(options.device), y.to(options.device)
     if network == "small":
-        return small.to(options.device), x, y
+        return small.to(options.device), x[: options.images], y[: options.images]
     torch.manual_seed(0)
     model = resnet18(classes=10, channels=options.channels).to(options.device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
@@ -86,7 +86,7 @@ def build(network: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor,
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x_adv), y).backward()
         optimizer.step()
-    return model.eval(), x, y
+    return model.eval(), x[: options.images], y[: options.images]
 
 
 def autoattack_table(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,11 @@ from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
 from robustflat.attacks.describe import describe
+from robustflat.attacks.ensemble_progress import Progress
+from robustflat.attacks.nested import ball_of, is_black_box
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
+from robustflat.evaluation.attacked import Attacked
 from robustflat.evaluation.plan import EvaluationPlan, Piece
 from robustflat.evaluation.predict import predict
 from robustflat.evaluation.rows import Row
@@ -34,10 +39,14 @@ from robustflat.models.passes import PassCounter
 from robustflat.models.precision import precision_of
 from robustflat.rng import generator_for
 from robustflat.store.results import KEY, ResultStore, group_name
+from robustflat.types import Attack
 
 Arrays = dict[str, NDArray[Any]]
 SELECTION = "early_stopping"
 """Name under which the attack that chooses a snapshot is stored."""
+
+PROGRESS = "unfinished"
+"""Folder, beside the results, of the finished batches of attacks that are under way or were interrupted."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,13 @@ class Bench:
         return int(self.settings["seed"])
 
     def pieces(self) -> list[Piece]:
-        """Those that the command asks for; clean logits belong to everything."""
+        """Those that the command asks for; clean logits and sanity checks belong to everything."""
         only = self.settings["only"]
-        return [p for p in self.plan.pieces() if not only or p.kind == "clean" or p.name in only]
+        return [p for p in self.plan.pieces() if not only or p.kind in ("clean", "sanity") or p.name in only]
+
+    def progress(self, key: str) -> Progress:
+        """Where finished batches of a piece wait until the piece is stored."""
+        return Progress(self.store.path.parent / PROGRESS / key, key)
 
     def rows(self, names: Sequence[str]) -> list[Row]:
         """Rows of stored results by name."""
@@ -92,6 +105,8 @@ class Bench:
         if piece.kind == "clean":
             return {}
         base: dict[str, Any] = {"seed": self.seed, "batch_size": self.plan.batch_size}
+        if piece.kind == "sanity":
+            return {**base, "norm": self.plan.norm, "epsilon": self.plan.epsilon}
         if piece.kind == "flatness":
             return {**base, "measure": self.settings["evaluation"]["measures"][piece.name]}
         base |= {"runs": self.plan.restarts.get(piece.name, 1), "attack_batch": self.plan.attack_batch}
@@ -129,13 +144,21 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
             continue
         label = f"{file.name}: {piece.name} on {piece.split}"
         with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
-            (arrays, details), spent = _counted(bench, model, partial(_measure, bench, file, model, piece))
+            (arrays, details), spent = _counted(bench, model, partial(_measure, bench, file, model, key, piece))
         seconds = spent["seconds"]
         made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
         _write(bench, name, arrays, {**made, **details})
+        _remove_progress(bench, key)
         if seconds > 1:
             bench.console.print(f"{label}: {seconds:.1f} s", markup=False)
     return names
+
+
+def _remove_progress(bench: Bench, key: str) -> None:
+    folder = bench.store.path.parent / PROGRESS
+    shutil.rmtree(folder / key, ignore_errors=True)
+    with suppress(OSError):  # others wait there
+        folder.rmdir()
 
 
 def _write(bench: Bench, name: str, arrays: Arrays, attrs: Mapping[str, object]) -> None:
@@ -234,14 +257,14 @@ def _selection_arrays(bench: Bench, model: nn.Module, split: str) -> Arrays:
     plan = bench.plan
     assert plan.selection is not None
     clean = predict(model, bench.dataset.split(split).batches(plan.batch_size))
-    runs = plan.attack_logits(
+    runs = plan.attacked(
         model,
         bench.dataset,
         split,
         plan.selection.attack,
         runs=plan.selection.restarts,
         generator=generator_for(bench.seed, "selection", device=bench.dataset.device),
-    )
+    ).logits
     return {"clean": clean.logits.numpy(), "logits": runs.numpy(), "labels": clean.labels.numpy()}
 
 
@@ -260,18 +283,36 @@ def _counted(bench: Bench, model: nn.Module, work: Callable[[], Result]) -> tupl
     return result, {**counter.passes._asdict(), "seconds": seconds, "peak_memory_mib": memory}
 
 
-def _measure(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> tuple[Arrays, dict[str, object]]:
+def _measure(
+    bench: Bench, file: NetworkFile, model: nn.Module, key: str, piece: Piece
+) -> tuple[Arrays, dict[str, object]]:
     """Arrays of a piece, and what else to say of it."""
     plan, dataset = bench.plan, bench.dataset
     if piece.kind == "clean":
         found = predict(model, dataset.split(piece.split).batches(plan.batch_size))
         return {"logits": found.logits.numpy(), "labels": found.labels.numpy()}, {}
+    if piece.kind == "sanity":
+        findings = plan.sanity_piece(model, dataset, piece.split, seed=bench.seed)
+        return {}, {"sanity": [finding._asdict() for finding in findings]}
     if piece.kind == "attacks":
-        logits = plan.attack_piece(model, dataset, piece, seed=bench.seed)
-        return {"logits": logits.numpy()}, {"attack": describe(plan.attacks[piece.name]), "runs": len(logits)}
+        attacked = plan.attack_piece(model, dataset, piece, seed=bench.seed, progress=bench.progress(key))
+        return _attack_arrays(attacked), _attack_details(plan.attacks[piece.name], attacked)
     reference, words = _shared_reference(bench, file, piece)
     result = plan.flatness_piece(model, dataset, piece, seed=bench.seed, reference=reference)
     return _flatness_arrays(result), {"reference_settings": words, **_flatness_details(result)}
+
+
+def _attack_arrays(found: Attacked) -> Arrays:
+    return {"logits": found.logits.numpy(), **{name: value.numpy() for name, value in found.verdicts.items()}}
+
+
+def _attack_details(attack: Attack | None, found: Attacked) -> dict[str, object]:
+    details: dict[str, object] = {"attack": describe(attack), "runs": len(found.logits)}
+    ball = ball_of(attack)
+    if ball is not None:  # the evaluation's threat model does not hold for an attack with a ball of its own
+        details |= {"norm": ball.norm, "epsilon": ball.epsilon}
+    details |= {"sanity": [finding._asdict() for finding in found.findings], "black_box": is_black_box(attack)}
+    return details if not found.costs else {**details, "members": list(found.costs), "costs": found.costs}
 
 
 def _flatness_arrays(result: FlatnessResult) -> Arrays:
@@ -326,7 +367,7 @@ def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece)
 def _place(bench: Bench, file: NetworkFile, piece: Piece, key: str) -> str:
     """Where a piece is stored: under its name, or name~digest if other settings took that."""
     where = (file.name, bench.examples(piece.split), piece.kind)
-    name = group_name(*where) if piece.kind == "clean" else group_name(*where, piece.name)
+    name = group_name(*where) if piece.kind in ("clean", "sanity") else group_name(*where, piece.name)
     taken = bench.store.attributes(name).get(KEY)
     return name if taken in (None, key) else f"{name}~{digest(bench.decisive(piece))}"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustflat.errors import DataError
 from robustflat.evaluation.curvature_rows import sharpness_rows, spectrum_rows
-from robustflat.evaluation.rows import Row, attack_rows, clean_rows, flatness_rows, gap_rows
+from robustflat.evaluation.rows import Row, attack_rows, clean_rows, flatness_rows, gap_rows, sanity_rows
 from robustflat.store.results import ResultStore, Stored
 
 RESULTS = "results.h5"
@@ -88,13 +88,17 @@ def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:
             return _flatness_rows(store, split, name, stored)
         if kind in _WITHOUT_LABELS:
             return _WITHOUT_LABELS[str(kind)](name.rsplit("/", 1)[1], stored)
+        if kind == "sanity":
+            return sanity_rows("sanity", "sanity", json.loads(stored.attrs["sanity"]))
         labels = _tensor(store, split, "labels")
         if kind == "clean":
             return clean_rows(torch.from_numpy(stored.arrays["logits"]), labels)
         clean = _tensor(store, f"{split}/clean", "logits")
         runs = torch.from_numpy(stored.arrays["logits"])
         losses = not str(stored.attrs.get("attack")).startswith(STOPS_EARLY)
-        return attack_rows(name.rsplit("/", 1)[1], clean, runs, labels, losses=losses)
+        attack = name.rsplit("/", 1)[1]
+        rows = attack_rows(attack, clean, runs, labels, losses=losses)
+        return [*rows, *sanity_rows("attack", attack, json.loads(stored.attrs.get("sanity", "[]")))]
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{store.path}: the result '{name}' is not what it should be ({error}).") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ from robustflat.apps.networks import (
 )
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.surrogates import give_surrogates, name_surrogates
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
@@ -122,7 +124,9 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     complete(config, stored, choices)
     require_sound(config)
     config.device = config.dataset.device = choose_device(config.device)
+    surrogates = name_surrogates(config.evaluation, Path(config.outputs))
     plan: EvaluationPlan = build(config.evaluation)
+    give_surrogates([*plan.attacks.values(), *plan.measures.values(), plan.selection], config, surrogates)
     dataset: Dataset = build(config.dataset)
     require_examples(plan, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
@@ -147,7 +151,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             files = [_early_stopped(config, bench, run)]
         names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
         rows = bench.rows(names)
-        print_evaluation(console, rows, bench, files)
+        print_evaluation(console, rows, bench, files, names)
     return rows
 
 
@@ -160,6 +164,10 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
     singles = {group: config[group] for group in ("attack", "flatness") if config[group] is not None}
     evaluation = config.evaluation
     evaluation.setdefault("measures", {})
+    for group, node in singles.items():  # said of the keys that the command has, before the nodes are moved
+        missing = [f"{group}.{key}" for key in _missing(OmegaConf.to_container(node, resolve=False))]
+        if missing:
+            raise UserError(f"{', '.join(missing)}: needs a value; write {missing[0]}=... on the command line.")
     if singles:
         evaluation.attacks, evaluation.measures, evaluation.restarts = {}, {}, {}
         for group, node in singles.items():
@@ -188,6 +196,15 @@ def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
+
+
+def _missing(values: Any, path: str = "") -> Iterator[str]:
+    """Keys of nested plain values that have no value yet."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif values == "???":
+        yield path
 
 
 def _measure_name(node: DictConfig) -> str:

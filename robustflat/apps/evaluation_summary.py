@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from robustflat.apps.sanity_report import print_sanity, sanity_of
 from robustflat.evaluation.rows import Row
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ MANY = 3
 """From this number of networks on, one line each."""
 
 
-def print_evaluation(console: Console, rows: Sequence[Row], bench: Bench, files: Sequence[NetworkFile]) -> None:
+def print_evaluation(
+    console: Console, rows: Sequence[Row], bench: Bench, files: Sequence[NetworkFile], names: Sequence[str]
+) -> None:
     """Print a table for every network, or one line each for many, and where the results are.
 
     Args:
@@ -39,13 +42,17 @@ def print_evaluation(console: Console, rows: Sequence[Row], bench: Bench, files:
         rows: of the networks evaluated.
         bench: plan and store.
         files: the networks, in order.
+        names: of their results in the store.
     """
+    checked = sanity_of(bench.store, names)
     if len(files) >= MANY:
         console.print(_overview(rows, [file.name for file in files]))
+        print_sanity(console, checked, brief=True)
     else:
         for file in files:
             console.print(f"\n[bold]{file.name}[/bold] ({file.path.name})")
             console.print(_details([row for row in rows if row["checkpoint"] == file.name]))
+            print_sanity(console, [found for found in checked if found.checkpoint == file.name])
     plan = bench.plan
     console.print(
         f"\nThreat model {plan.norm}, epsilon {plan.epsilon:.5g}, seed {bench.seed}; [..] 95 % interval; flatness +- "
@@ -58,7 +65,8 @@ def print_evaluation(console: Console, rows: Sequence[Row], bench: Bench, files:
 
 def _details(rows: Sequence[Row]) -> Table:
     """Metrics by split."""
-    splits = list(dict.fromkeys((row["split"], row["count"]) for row in rows if row["role"] in ("test", "train")))
+    shown = [row for row in rows if row["role"] in ("test", "train") and row["metric"] in SHOWN]
+    splits = list(dict.fromkeys((row["split"], row["count"]) for row in shown))
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     for split, count in splits:

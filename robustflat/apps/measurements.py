@@ -9,6 +9,7 @@ import torch
 
 import robustflat
 from robustflat.apps.build import build
+from robustflat.apps.surrogates import give_surrogates
 from robustflat.evaluation.plan import EvaluationPlan
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def measure(session: Session, key: str) -> dict[str, Any]:
     config, folder = session.config, session.folder
     plan: EvaluationPlan = build(config.evaluation)
     measure_flatness = None if config.flatness is None else build(config.flatness)
+    give_surrogates([*plan.attacks.values(), *plan.measures.values(), measure_flatness], config)
     stored = folder.read_json(RESULTS)
     results = stored.get(key) if isinstance(stored.get(key), dict) and not config.force else None
     results = results or {"facts": facts(session), "description": describe(session, plan), "weights": {}}

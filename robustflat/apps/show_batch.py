@@ -22,6 +22,7 @@ from robustflat.apps.check import require_valid
 from robustflat.apps.config import Root
 from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
+from robustflat.apps.surrogates import give_surrogates
 from robustflat.apps.train import seeded_model
 from robustflat.attacks.describe import describe
 from robustflat.attacks.objectives import labels_of
@@ -124,6 +125,7 @@ def show(config: DictConfig, path: Path, console: Console) -> Path:
 def wrapped_attack(config: DictConfig) -> Attack:
     """The attack of a configuration inside the wrappers of its trainer."""
     attack: Attack = build(config.attack)
+    give_surrogates([attack], config)
     for node in config.trainer.wrappers.values():
         attack = attack if node is None else build(node)(attack)
     return attack

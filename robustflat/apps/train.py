@@ -31,6 +31,7 @@ from robustflat.apps.messages import complain
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
+from robustflat.apps.surrogates import give_surrogates
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
@@ -162,6 +163,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
     model = seeded_model(config).to(config.device)
     logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
+    give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
     require_splits(config, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))

@@ -208,8 +208,24 @@ class AutoAttackSearch:
         self.ball = ball
         self.names = attack_names(version, attacks, budget)
         self.version = version
+        self.budget = budget
         self.search = search
         self.objective: Objective = cross_entropy
+
+    def evaluation(self, *, seed: int = 0, batch_size: int = 128) -> AutoAttack:
+        """The same attacks as an evaluation of a whole data set, which keeps every verdict."""
+        made = AutoAttack(
+            norm=self.ball.norm,
+            epsilon=self.ball.epsilon,
+            version=self.version,
+            attacks=self.names if self.version == "custom" else None,
+            budget=self.budget,
+            seed=seed,
+            batch_size=batch_size,
+            search=self.search,
+        )
+        made.ball = self.ball  # its box may be another
+        return made
 
     def __call__(
         self,

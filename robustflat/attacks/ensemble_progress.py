@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import CheckpointError
+from robustflat.errors import CheckpointError, UserError
 from robustflat.types import Forward
 
 Piece = dict[str, Any]
@@ -32,7 +32,7 @@ class Progress:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"progress must be a folder, but {self.folder} is a file.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make(self.folder)
         about = self._load(self.folder / "about.pt")
         if about is None:
             self._save(self.folder / "about.pt", {"fingerprint": fingerprint})
@@ -66,8 +66,20 @@ class Progress:
     @staticmethod
     def _save(path: Path, piece: Piece) -> None:
         unfinished = path.with_suffix(".unfinished")
-        torch.save(piece, unfinished)
-        os.replace(unfinished, path)
+        try:
+            torch.save(piece, unfinished)
+            os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # torch's own for a full disk
+            unfinished.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"Cannot write {path} ({reason}). What was finished before is intact.") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the folder {folder} for finished batches: {error.strerror}.") from error
 
 
 def fingerprint(settings: str, model: Forward, x: Tensor, y: Tensor, logits: Tensor) -> str:

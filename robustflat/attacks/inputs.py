@@ -65,6 +65,44 @@ def check_images(x: Tensor, y: Tensor, classes: int | None = None) -> None:
         raise UserError(f"labels must be {allowed}, got values from {smallest} to {largest}.")
 
 
+def check_box_on_cpu(x: Tensor, low: float, high: float) -> None:
+    """Refuse images outside the box, where looking costs no waiting: on the CPU.
+
+    Args:
+        x: images (B, C, H, W), B >= 1.
+        low, high: ends of the box; rounding beyond them is overlooked.
+
+    Raises:
+        UserError: with the range found and the range allowed.
+    """
+    if x.device.type != "cpu":
+        return
+    smallest, largest = (float(bound) for bound in torch.aminmax(x.detach()))
+    if not (smallest >= low - _ROUNDING and largest <= high + _ROUNDING):  # also true for not-a-number
+        hint = "Are they in 0..255 units? Divide by 255." if largest > 2 * high else _NORMALISED_HINT
+        raise UserError(f"images must lie in [{low:g}, {high:g}], got values from {smallest:g} to {largest:g}. {hint}")
+
+
+def check_labels_on_cpu(logits: Tensor, y: Tensor) -> None:
+    """Refuse labels that are no column of logits (B, K), where looking costs no waiting: on the CPU.
+
+    Args:
+        logits: (B, K), B >= 1.
+        y: labels, as in `check_shapes`.
+
+    Raises:
+        UserError: with the range found and the range allowed.
+    """
+    if y.device.type != "cpu" or y.is_floating_point():
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(y))
+    if smallest < 0 or largest >= logits.shape[1]:
+        classes = logits.shape[1]
+        allowed = f"0..{classes - 1} for {classes} classes"
+        raise UserError(f"labels must be {allowed}, got values from {smallest} to {largest}.")
+
+
+_ROUNDING = 1e-4
 _NORMALISED_HINT = "Normalisation belongs into the model: wrap it so that it takes images in [0, 1]."
 
 

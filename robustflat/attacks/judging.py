@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.inputs import check_labels_on_cpu
 from robustflat.attacks.objectives import Targeted, cross_entropy, predicted_wrong
 from robustflat.errors import UserError
 from robustflat.models.modes import evaluating, frozen
@@ -44,9 +45,12 @@ def maximised(objective: Objective, targeted: bool) -> Objective:
 
 
 def succeeded(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
-    """Whether an attack reached its end, bool (B,): another class than y, or y itself if that is the target."""
+    """Whether an attack reached its end, bool (B,): another class than y, or y itself if that is the target.
+
+    Logits that are not finite are no success.
+    """
     wrong = predicted_wrong(logits, y)
-    return ~wrong if targeted else wrong
+    return (~wrong if targeted else wrong) & logits.isfinite().all(dim=1)
 
 
 def judge(forward: Forward, x_adv: Tensor, y: Tensor, objective: Objective, *, targeted: bool = False) -> Found:
@@ -61,6 +65,7 @@ def judge(forward: Forward, x_adv: Tensor, y: Tensor, objective: Objective, *, t
 def judge_as_is(forward: Forward, x_adv: Tensor, y: Tensor, objective: Objective, *, targeted: bool = False) -> Found:
     """As `judge`, for a caller that already holds the model still and has at least one image."""
     logits = forward(x_adv)
+    check_labels_on_cpu(logits, y)
     value = maximised(objective, targeted)(logits, y)
     return Found(x_adv, value, succeeded(logits, y, targeted))
 

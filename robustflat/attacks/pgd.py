@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
 from robustflat.attacks.iterates import EarlyStopper, Keeper, Walk
 from robustflat.attacks.judging import (
     KEEP,
@@ -169,11 +169,14 @@ class Pgd:
             Found with x_adv like x, value (B,) of the objective there, and fooled (B,).
 
         Raises:
-            UserError: if x or y have the wrong shape or type, or the value cannot be differentiated.
+            UserError: if x or y have the wrong shape or type, or the value cannot be differentiated; on the CPU
+                also for images outside the box and labels that are no class (elsewhere looking would mean
+                waiting: the front doors look).
         """
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         objective = objective or self.objective
         # Tensors made in a caller's inference mode cannot be differentiated; copies made outside of it can.
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
@@ -239,6 +242,7 @@ class Pgd:
         """Value and success at `point`, and the gradient of the value."""
         point = point.detach().requires_grad_()
         logits = forward(point)
+        check_labels_on_cpu(logits, y)
         value = goal(logits, y)
         require_values(value, y)
         (grad,) = torch.autograd.grad(value.sum(), point)

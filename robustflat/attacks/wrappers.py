@@ -1,7 +1,6 @@
-"""Variations of an attack, as attacks: restarts, the worst of several, part of a batch, other labels, transfer.
+"""Variations of an attack, as attacks: restarts, the worst of several, part of a batch, other labels.
 
-In every result `value` and `fooled` refer to the forward and the labels of the *call*, whatever labels or model
-the search itself has used.
+In every result `value` and `fooled` refer to the labels of the *call*, whatever labels the search itself has used.
 """
 
 from __future__ import annotations
@@ -273,41 +272,6 @@ class OnlyCorrect:
         inner = explanation_of(self.attack)
         formula = f"x' = x where argmax f(x) != y; elsewhere {inner.formula}"
         return Explanation(formula, 'Stutz et al., ICCV 2021 ("ignore incorrect")', FORWARD + inner.cost)
-
-
-class Transfer:
-    """Searches on a source model and judges the result on the model of the call.
-
-    The value may be lower than for the clean image: the search never sees the model under attack.
-
-    Args:
-        attack: the search.
-        source: the model searched on, images -> logits, on the device of the images.
-    """
-
-    def __init__(self, attack: Attack, source: Forward) -> None:
-        self.attack = attack
-        self.source = source
-        self.objective = own_objective(attack)
-        self.targeted = is_targeted(attack)
-
-    def __call__(
-        self,
-        forward: Forward,
-        x: Tensor,
-        y: Tensor,
-        objective: Objective | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Found:
-        """Images x (B, C, H, W) attacked on the source, judged by `forward`; see `types.Attack`."""
-        found = self.attack(self.source, x, y, objective, generator)
-        return judge(forward, found.x_adv, y, objective or self.objective, targeted=self.targeted)
-
-    def explain(self) -> Explanation:
-        """One pass that judges; the search's passes go through the source network."""
-        inner = explanation_of(self.attack)
-        note = f"besides, through the source network: {inner.cost}"
-        return replace(inner, formula=f"{inner.formula}, with f the source network", cost=FORWARD, note=note)
 
 
 @contextmanager

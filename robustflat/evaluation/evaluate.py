@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.describe import describe
 from robustflat.attacks.examples import Array, batches_for
+from robustflat.attacks.nested import ball_of
 from robustflat.attacks.pgd import Pgd
-from robustflat.errors import require_one_of, require_range
+from robustflat.attacks.sanity import SanityReport, check_network, report
+from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
+from robustflat.evaluation.attacked import attack_batches
 from robustflat.evaluation.metrics import Interval
+from robustflat.evaluation.paired import Comparison, compare_attacks, compare_clean
 from robustflat.evaluation.predict import Prediction, predict
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.precision import device_of, precision_of
@@ -45,6 +50,7 @@ class EvaluationResult:
         precision: floating-point type of the network.
         seed: of the attack.
         seconds: duration.
+        sanity: checks of images, network, gradients and adversarial images.
     """
 
     clean: Prediction
@@ -56,6 +62,7 @@ class EvaluationResult:
     precision: str
     seed: int
     seconds: float
+    sanity: SanityReport
 
     @property
     def count(self) -> int:
@@ -118,7 +125,34 @@ class EvaluationResult:
             "precision": self.precision,
             "seed": self.seed,
             "seconds": self.seconds,
+            "sanity": [finding._asdict() for finding in self.sanity.findings],
         }
+
+    def compare(self, other: EvaluationResult, *, seed: int = 0) -> Comparison:
+        """Paired tests against another network on the same examples; print it.
+
+        Args:
+            other: evaluated on the same images in the same order, under the same threat model.
+            seed: of the bootstrap.
+
+        Raises:
+            UserError: if examples or threat models differ.
+        """
+        if (self.norm, self.epsilon) != (other.norm, other.epsilon):
+            raise UserError(
+                f"The networks were evaluated under different threat models: {self.norm} {self.epsilon:g} and "
+                f"{other.norm} {other.epsilon:g}."
+            )
+        runs = [result.adversarial.logits[None] for result in (self, other)]
+        clean = [result.clean.logits for result in (self, other)]
+        if not torch.equal(self.clean.labels, other.clean.labels):
+            raise UserError("The two results are about different examples: their labels differ.")
+        return Comparison(
+            (
+                *compare_clean(clean[0], clean[1], self.clean.labels, seed=seed),
+                *compare_attacks("attack", (clean[0], runs[0]), (clean[1], runs[1]), self.clean.labels, seed=seed),
+            )
+        )
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -132,6 +166,7 @@ class EvaluationResult:
                 f"robust error  {_percent(self.robust_error, self.robust_error_interval)}",
                 f"loss          {_with_error(self.clean)}",
                 f"robust loss   {_with_error(self.adversarial)}",
+                str(self.sanity),
             ]
         )
 
@@ -194,10 +229,23 @@ def evaluate(
     start = time.perf_counter()
     batches = batches_for(model, images, labels, batch_size=batch_size)
     chosen, restarts = (standard_attack(norm, epsilon), PGD_RESTARTS) if attack is None else (attack, 1)
-    ball = getattr(chosen, "ball", None)
+    ball = ball_of(chosen)
     clean = predict(model, batches)
-    generator = generator_for(seed, "evaluate", device=device_of(model))
-    found = predict(model, batches, attack=chosen, generator=generator, restarts=restarts)
+    device = device_of(model)
+    threat = ball or BALLS[norm](epsilon)
+    sanity = check_network(model, *batches[0], threat, generator_for(seed, "sanity", device=device))
+    generator = generator_for(seed, "evaluate", device=device)
+    attacked = attack_batches(
+        model,
+        batches,
+        chosen,
+        ball=threat,
+        runs=restarts,
+        at_once=1,
+        search="plain",
+        generator=generator,
+    )
+    found = Prediction(metrics.worst_restart(attacked.logits, clean.labels), clean.labels)
     return EvaluationResult(
         clean=clean,
         adversarial=found,
@@ -208,4 +256,5 @@ def evaluate(
         precision=precision_of(model),
         seed=seed,
         seconds=time.perf_counter() - start,
+        sanity=report(sanity, attacked.findings),
     )

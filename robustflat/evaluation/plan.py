@@ -10,22 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robustflat.attacks.examples import require_answers
-from robustflat.attacks.strongest import SEARCHES, strongest
+from robustflat.attacks.autoattack import AutoAttackSearch
+from robustflat.attacks.ensemble_progress import Progress
+from robustflat.attacks.nested import ball_of
+from robustflat.attacks.sanity import Finding, check_network
+from robustflat.attacks.strongest import SEARCHES
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
+from robustflat.evaluation.attacked import Attacked, attack_batches, autoattack_batches
 from robustflat.evaluation.predict import Prediction, predict
 from robustflat.evaluation.selection import EarlyStopping
 from robustflat.flatness.measure import FlatnessMeasure
 from robustflat.flatness.result import FlatnessResult
+from robustflat.geometry.input_ball import input_ball
 from robustflat.models.precision import device_of
 from robustflat.rng import generator_for
 from robustflat.types import Attack
 
 Measured = dict[str, Any]
 
-KINDS = ("clean", "attacks", "flatness")
+KINDS = ("clean", "sanity", "attacks", "flatness")
 """Kinds of pieces, in the order in which they are measured."""
 
 NUMBERS_AT_ONCE = 128 * 3 * 32 * 32
@@ -43,7 +48,7 @@ class Piece(NamedTuple):
         kind: one of `KINDS`.
         role: "test" or "train".
         split: the examples, such as "test[:1000]".
-        name: of the attack or measure; "clean".
+        name: of the attack or measure; "clean"; "sanity".
     """
 
     kind: str
@@ -117,6 +122,8 @@ class EvaluationPlan:
         for name, runs in self.restarts.items():
             require_one_of("An attack of restarts", name, attacks)
             require_range(f"restarts.{name}", runs, low=1)
+            if runs > 1 and isinstance(attacks[name], AutoAttackSearch):
+                raise UserError(f"restarts.{name}: AutoAttack has restarts of its own (version=plus: more of them).")
         self.splits = {"test": test, "train": train}
         self.flatness_split = flatness
         self.flatness_splits = {"test": flatness, "train": flatness_train}
@@ -129,47 +136,54 @@ class EvaluationPlan:
         measured = {role: split for role, split in self.flatness_splits.items() if split is not None}
         return [
             *(Piece("clean", role, split, "clean") for role, split in splits.items()),
+            *(Piece("sanity", role, split, "sanity") for role, split in [*splits.items(), *measured.items()][:1]),
             *(Piece("attacks", role, split, name) for name in self.attacks for role, split in splits.items()),
             *(Piece("flatness", role, split, name) for name in self.measures for role, split in measured.items()),
         ]
 
-    def attack_logits(
-        self, model: nn.Module, dataset: Dataset, split: str, attack: Attack, *, runs: int, generator: torch.Generator
-    ) -> Tensor:
-        """Logits of independent runs of an attack.
+    def attacked(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        split: str,
+        attack: Attack,
+        *,
+        runs: int,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+    ) -> Attacked:
+        """Independent runs of an attack on a split.
 
         Args:
             model: images in [0, 1] -> logits; left as found.
             dataset: where the examples come from.
             split: the examples, such as "test[:1000]".
-            attack: run `runs` times on every image.
+            attack: run `runs` times on every image; AutoAttack, which has restarts of its own, once.
             runs: number of runs R, >= 1.
             generator: source of all draws, on the model's device.
+            progress: finished batches of an interrupted call; they are not attacked again.
 
         Returns:
-            float32 (R, N, K) on the CPU, judged by the network in full float32.
+            Logits (R, N, K) judged by the network in full float32, and what was checked.
 
         Raises:
             UserError: if labels are not classes of the model, or logits are not finite.
         """
-        device = device_of(model)
-        search = "plain" if hasattr(attack, "search") else self.search  # AutoAttack rewrites by itself
-        found, labels = [], []
-        for batch in dataset.split(split).batches(self.batch_size):
-            x, y = batch.x.to(device), batch.y.to(device)
-            together, parts, left = max(1, self._at_once(x) // len(y)), [], runs
-            while left:
-                now = min(together, left)
-                many_x, many_y = x.repeat(now, *[1] * (x.ndim - 1)), y.repeat(now)
-                logits = strongest(model, many_x, many_y, attack, generator=generator, search=search).logits
-                parts.append(logits.float().view(now, len(y), -1))
-                left -= now
-            found.append(torch.cat(parts).cpu())
-            labels.append(y.cpu())
-        logits = torch.cat(found, dim=1)
-        for run in logits:
-            require_answers(run, torch.cat(labels))
-        return logits
+        batches = dataset.split(split).batches(self.batch_size)
+        at_once = self._at_once(batches[0].x)
+        if isinstance(attack, AutoAttackSearch):
+            return autoattack_batches(model, batches, attack, at_once=at_once, generator=generator, progress=progress)
+        return attack_batches(
+            model,
+            batches,
+            attack,
+            ball=ball_of(attack) or input_ball(self.norm, self.epsilon),
+            runs=runs,
+            at_once=at_once,
+            search=self.search,
+            generator=generator,
+            progress=progress,
+        )
 
     def _at_once(self, x: Tensor) -> int:
         """Images in one pass of an attack."""
@@ -178,11 +192,20 @@ class EvaluationPlan:
         numbers = NUMBERS_AT_ONCE * (1 if x.device.type == "cpu" else ACCELERATED)
         return numbers // x[0].numel()
 
-    def attack_piece(self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int) -> Tensor:
-        """Logits (R, N, K) of one attack of this plan; draws depend on the seed, the role and the name alone."""
+    def attack_piece(
+        self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, progress: Progress | None = None
+    ) -> Attacked:
+        """One attack of this plan; draws depend on the seed, the role and the name alone."""
         generator = generator_for(seed, "evaluation", piece.role, piece.name, device=device_of(model))
-        runs = self.restarts.get(piece.name, 1)
-        return self.attack_logits(model, dataset, piece.split, self.attacks[piece.name], runs=runs, generator=generator)
+        attack, runs = self.attacks[piece.name], self.restarts.get(piece.name, 1)
+        return self.attacked(model, dataset, piece.split, attack, runs=runs, generator=generator, progress=progress)
+
+    def sanity_piece(self, model: nn.Module, dataset: Dataset, split: str, *, seed: int) -> list[Finding]:
+        """Checks of images, network and gradients on the first examples of a split, in this plan's threat model."""
+        x, y = dataset.split(split).batches(self.batch_size)[0]
+        device = device_of(model)
+        generator = generator_for(seed, "sanity", device=device)
+        return check_network(model, x.to(device), y.to(device), input_ball(self.norm, self.epsilon), generator)
 
     def flatness_piece(
         self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, reference: Tensor | None = None
@@ -224,7 +247,7 @@ class EvaluationPlan:
             start = time.perf_counter()
             generator = generator_for(seed, "evaluation", split, name, device=dataset.device)
             runs = self.restarts.get(name, 1)
-            logits = self.attack_logits(model, dataset, text, attack, runs=runs, generator=generator)
+            logits = self.attacked(model, dataset, text, attack, runs=runs, generator=generator).logits
             found = Prediction(metrics.worst_restart(logits, clean.labels), clean.labels)
             values[name] = _robust(clean, found) | {"seconds": time.perf_counter() - start}
         return values

@@ -1,12 +1,12 @@
 """From stored arrays to tidy rows: one number each, with its uncertainty and what it belongs to.
 
-A row has the keys kind ("clean", "attack" or "flatness"), measure (the name of attack or flatness measure),
+A row has the keys kind ("clean", "attack", "flatness" or "sanity"), measure (the name of attack or flatness measure),
 metric, value and count (examples), and where they exist stderr, low and high (95 %), and radius.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.evaluation import metrics
+from robustflat.flatness.result import rise_per_example
 
 Row = dict[str, Any]
 
@@ -86,6 +87,19 @@ def attack_rows(
     return made.rows
 
 
+def sanity_rows(kind: str, measure: str, findings: Sequence[Mapping[str, str]]) -> list[Row]:
+    """How many checks gave a warning; none where nothing was checked.
+
+    Args:
+        kind, measure: what was checked.
+        findings: with the keys check, level ("ok" or "warning") and message.
+    """
+    made = _Rows(kind, measure, None)
+    if findings:
+        made.add("sanity_warnings", float(sum(finding["level"] != "ok" for finding in findings)))
+    return made.rows
+
+
 def any_wrong(clean: Tensor, runs: Tensor, labels: Tensor) -> Tensor:
     """Which examples are wrong clean or in any of the runs (R, N, K), bool (N,)."""
     return torch.stack([metrics.wrong(logits, labels) for logits in (clean, *runs)]).any(dim=0)
@@ -109,7 +123,7 @@ def gap_rows(test: Sequence[Row], train: Sequence[Row]) -> list[Row]:
 class _Rows:
     """Rows of one measure, filled metric by metric."""
 
-    def __init__(self, kind: str, measure: str, count: int, radius: float | None = None) -> None:
+    def __init__(self, kind: str, measure: str, count: int | None, radius: float | None = None) -> None:
         self.base: Row = {"kind": kind, "measure": measure, "count": count, "radius": radius}
         self.rows: list[Row] = []
 
@@ -180,10 +194,7 @@ def flatness_rows(
         )
     made = _Rows("flatness", name, reference.numel(), radius)
     rises = losses.double() - reference.double()
-    parts = torch.split(rises, list(groups), dim=1)
-    per_example = rises.mean(dim=0)
-    if reduction == "max":
-        per_example = torch.cat([part[part.mean(dim=1).argmax()] for part in parts])
+    per_example = rise_per_example(losses, reference, reduction=reduction, groups=groups)
     trials = rises.mean(dim=1)
     low, high = metrics.bootstrap_interval(per_example)
     made.add("flatness", float(per_example.mean()), stderr=metrics.standard_error(trials))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from robustflat.errors import UserError, require_one_of
 
 REDUCTIONS = ("mean", "max")
+
+CONVERGED = 0.05
+"""Share of the value that late steps and restarts may add in a search that counts as converged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +90,7 @@ class FlatnessResult:
     @property
     def per_example(self) -> Tensor:
         """Contribution of each example, float64 (N,); their mean is `value`."""
-        rises = self.losses.double() - self.reference.double()
-        if self.reduction == "mean":
-            return rises.mean(dim=0)
-        worst = [part[part.mean(dim=1).argmax()] for part in torch.split(rises, list(self.groups), dim=1)]
-        return torch.cat(worst)
+        return rise_per_example(self.losses, self.reference, reduction=self.reduction, groups=self.groups)
 
     @property
     def value(self) -> float:
@@ -122,6 +122,36 @@ class FlatnessResult:
         """Worst case: highest of all restarts after s = 0..S steps; empty for measures without steps."""
         return [] if self.trace is None else [float(v) for v in self.trace.double().amax(dim=0)]
 
+    @property
+    def converged(self) -> bool | None:
+        """Worst case: whether more steps or restarts promise little; None where that cannot be told.
+
+        The last quarter of the steps, and the second half of the restarts, raised the value by at most
+        `CONVERGED` of it. Needs at least four steps and two restarts.
+        """
+        gains = self._late_gains()
+        return None if gains is None else max(gains) <= CONVERGED
+
+    def convergence(self) -> str:
+        """`converged` in words; empty for the average case, whose error is `standard_error`."""
+        gains = self._late_gains()
+        if gains is None:
+            short = "convergence unknown: needs at least 4 steps and 2 restarts"
+            return short if self.trace is not None else ""
+        steps, restarts = (f"{100 * gain:.1f} %" for gain in gains)
+        verdict = "converged" if self.converged else "not converged (more steps or restarts: a larger value)"
+        return f"{verdict}: the last quarter of the steps added {steps}, the second half of the restarts {restarts}"
+
+    def _late_gains(self) -> tuple[float, float] | None:
+        steps, restarts = self.value_against_steps(), self.value_against_trials()
+        if len(steps) < 5 or len(restarts) < 2:
+            return None
+        early = steps[len(steps) - 1 - (len(steps) - 1) // 4], restarts[(len(restarts) - 1) // 2]
+        # Steps never go down in the paper's protocol, but may in the released one, where the last point counts.
+        late = steps[-1], restarts[-1]
+        by_steps, by_restarts = (abs(b - a) / max(abs(b), 1e-12) for a, b in zip(early, late, strict=True))
+        return by_steps, by_restarts
+
     def to_dict(self, arrays: bool = False) -> dict[str, Any]:
         """Plain values for JSON; not-a-number becomes `None`. With `arrays`, the losses too, as lists."""
         plain: dict[str, Any] = {
@@ -133,6 +163,8 @@ class FlatnessResult:
             "trials": self.trials.tolist(),
             "value_against_trials": self.value_against_trials(),
             "value_against_steps": self.value_against_steps(),
+            "converged": self.converged,
+            "convergence": self.convergence(),
         }
         for name in _SETTINGS:
             plain[name] = getattr(self, name)
@@ -149,12 +181,28 @@ class FlatnessResult:
         else:
             head = f"{self.value:.4g}"
         case = "average" if self.reduction == "mean" else "worst"
-        return (
+        text = (
             f"{head} ({case}-case flatness of the {self.loss} loss, {self.ball}, {count} {drawn}, "
             f"{self.reference.numel()} examples in {len(self.groups)} group(s), {self.parameters}, attack "
             f"{self.attack}, {self.sampling} sampling, batch norm {self.batch_norm}, protocol {self.protocol}, "
             f"{self.precision}, seed {self.seed}, {self.seconds:.1f} s)"
         )
+        return text if self.trace is None else f"{text}; {self.convergence()}"
+
+
+def rise_per_example(losses: Tensor, reference: Tensor, *, reduction: str, groups: Sequence[int]) -> Tensor:
+    """Contribution of each example to the flatness, float64 (N,).
+
+    Args:
+        losses: (T, N) at the weights of each trial.
+        reference: (N,) at the weights themselves.
+        reduction: "mean" over trials, or "max": of every group the trial with the largest mean.
+        groups: sizes of the groups of examples that share a displacement, in order.
+    """
+    rises = losses.double() - reference.double()
+    if reduction == "mean":
+        return rises.mean(dim=0)
+    return torch.cat([part[part.mean(dim=1).argmax()] for part in torch.split(rises, list(groups), dim=1)])
 
 
 _SETTINGS = (

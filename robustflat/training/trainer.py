@@ -144,10 +144,10 @@ class Trainer:
         require_one_of("search", search, SEARCHES)
         if len(data) < 1:
             raise UserError("the training set is smaller than one batch; reduce dataset.batch_size.")
+        if search != "plain" and not isinstance(attack, NoAttack):
+            attack = Searching(attack, search)  # inside the wrappers, which may need the network itself
         for wrap in (wrappers or {}).values():
             attack = attack if wrap is None else wrap(attack)
-        if search != "plain" and not isinstance(attack, NoAttack):
-            attack = Searching(attack, search)
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(self.optimizer, epochs * len(data))

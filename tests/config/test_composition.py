@@ -14,6 +14,7 @@ from robustflat.errors import UserError
 FOLDER = config_folder()
 GROUPS = ("dataset", "model", "optimizer", "schedule", "attack", "trainer", "flatness", "evaluation", "logger")
 NEEDS = {
+    "attack=transfer": ["attack.surrogate=x"],
     "dataset=image_folder": ["dataset.source.root=x"],
     "dataset=arrays": [
         f"dataset.source.{name}=x.npy" for name in ("train_images", "train_labels", "test_images", "test_labels")
@@ -54,7 +55,7 @@ def test_every_file_composes_and_fits_the_constructors(compose, choice):
 )
 def test_every_small_file_can_be_built(compose, choice):
     group = choice.split("=")[0]
-    node = compose(choice)[group]
+    node = compose(choice, *NEEDS.get(choice, ()))[group]
     if node is not None:
         assert callable(build(node)) or group == "evaluation"
 

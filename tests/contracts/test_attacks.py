@@ -18,7 +18,8 @@ from robustflat.attacks.multi_targeted import MultiTargeted
 from robustflat.attacks.noise import NFgsm, RandomNoise
 from robustflat.attacks.objectives import cross_entropy, kl_divergence, margin
 from robustflat.attacks.pgd import NoAttack, Pgd
-from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, Transfer, WorstOf
+from robustflat.attacks.transfer import Transfer
+from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, WorstOf
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.types import Attack, Found
 
@@ -340,8 +341,8 @@ def test_the_search_does_not_wait_for_the_device(case: Case) -> None:
     model = Network().cuda()
     attack = copy.deepcopy(case.attack)
     if isinstance(attack, Transfer):
-        assert isinstance(attack.source, nn.Module)
-        attack.source.cuda()
+        assert isinstance(attack.surrogate, nn.Module)
+        attack.surrogate.cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     attack(model, x, y, generator=generator)  # the first call may set up libraries
     torch.cuda.set_sync_debug_mode("error")

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from robustflat.apps.build import build
 from robustflat.apps.config import config_folder, register
 from robustflat.attacks.objectives import cross_entropy
+from robustflat.attacks.transfer import Transfer
 from robustflat.geometry.input_ball import input_ball
 from robustflat.models.resnet import resnet_tiny
 from robustflat.types import Attack
@@ -20,6 +21,10 @@ from robustflat.types import Attack
 CHOICES = sorted(path.stem for path in (config_folder() / "attack").glob("*.yaml"))
 LEAVES_THE_BALL = {"n_fgsm_linf"}  # by definition
 MAY_LOWER = {"pgd_tau", "fmn", "n_fgsm_linf", "autoattack"}  # search something else than the highest loss
+SETTINGS = {
+    "autoattack": ["attack.version=custom", "+attack.attacks=[apgd-ce]"],
+    "transfer": ["attack.surrogate=x", "attack.attack.steps=2", "attack.attack.restarts=1"],
+}
 CHEAPER = {"steps": 2, "restarts": 1, "trials": 2}
 
 
@@ -27,12 +32,15 @@ def configured(choice: str) -> tuple[Attack, DictConfig]:
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        quick = ["attack.version=custom", "+attack.attacks=[apgd-ce]"] if choice == "autoattack" else []
-        config = hydra.compose("train", [f"attack={choice}", *quick])
+        config = hydra.compose("train", [f"attack={choice}", *SETTINGS.get(choice, [])])
     for key, value in CHEAPER.items():
         if key in config.attack:
             config.attack[key] = min(value, config.attack[key])
-    return build(config.attack), config
+    attack = build(config.attack)
+    if isinstance(attack, Transfer):
+        torch.manual_seed(0)
+        attack.give(resnet_tiny(classes=10, channels=4, mean=[0.3], std=[0.3]))
+    return attack, config
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from robustflat.apps.main import run_application
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "dataset.train='train[:128]'",
     "trainer.epochs=2",
@@ -25,6 +29,28 @@ TINY = (
     "flatness.attack.steps=2",
     "model.channels=4",
     "device=cpu",
+)
+
+SMALL = (
+    "device=cpu",
+    "evaluation.test='test[:24]'",
+    "evaluation.train='train[:24]'",
+    "evaluation.flatness='test[:24]'",
+    "evaluation.flatness_train=null",
+    "evaluation.batch_size=16",
+)
+PAPER = (
+    *SMALL,
+    "evaluation=paper",
+    "evaluation.attacks.pgd20.steps=2",
+    "evaluation.restarts.pgd20=3",
+    "evaluation.measures.average.trials=2",
+    "evaluation.measures.average.attack.steps=2",
+    "evaluation.measures.average_small=null",
+    "evaluation.measures.worst.restarts=2",
+    "evaluation.measures.worst.steps=2",
+    "evaluation.measures.worst_small=null",
+    "evaluation.attacks.autoattack=null",
 )
 
 
@@ -65,3 +91,55 @@ def only_run(folder: Path) -> Path:
     """The one run folder below `folder`/outputs."""
     (found,) = [p.parent for p in folder.glob("outputs/*/*/identity.yaml")]
     return found
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """Run folder of a tiny training; tests work on copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *TINY, "trainer=weight_averaging"])
+        GlobalHydra.instance().clear()
+        run_application("train")
+    (run,) = (p.parent for p in folder.glob("outputs/*/*/identity.yaml"))
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run in the working folder of the test."""
+    target = tmp_path / "outputs" / trained.parent.name / trained.name
+    shutil.copytree(trained, target)
+    return target
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capfd):
+    """evaluate(*arguments) runs `python evaluate.py ...` in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Answer:
+        capfd.readouterr()
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        try:
+            run_application("evaluate")
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Answer(code, *capfd.readouterr())
+
+    return call
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, thing: found.update({name: thing[()]} if isinstance(thing, h5py.Dataset) else {}))
+    return found
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -16,91 +16,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 from robustflat.apps import bench
 from robustflat.apps.collect import rows_of_run
-from robustflat.apps.main import run_application
 from robustflat.apps.networks import digest_of
 from robustflat.store.results import ResultStore
 from robustflat.training.checkpoint import load, save
-from tests.integration.conftest import TINY, Answer
+from tests.integration.conftest import PAPER, SMALL, arrays_of, assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "device=cpu",
-    "evaluation.test='test[:24]'",
-    "evaluation.train='train[:24]'",
-    "evaluation.flatness='test[:24]'",
-    "evaluation.flatness_train=null",
-    "evaluation.batch_size=16",
-)
-PAPER = (
-    *SMALL,
-    "evaluation=paper",
-    "evaluation.attacks.pgd20.steps=2",
-    "evaluation.restarts.pgd20=3",
-    "evaluation.measures.average.trials=2",
-    "evaluation.measures.average.attack.steps=2",
-    "evaluation.measures.average_small=null",
-    "evaluation.measures.worst.restarts=2",
-    "evaluation.measures.worst.steps=2",
-    "evaluation.measures.worst_small=null",
-    *(["evaluation.attacks.autoattack=null"] if (ROOT / "conf/attack/autoattack.yaml").exists() else []),
-)
 CHOICE = "evaluation.selection.split='train[-24:]'"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """Run folder of a tiny training; tests work on copies."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *TINY, "trainer=weight_averaging"])
-        GlobalHydra.instance().clear()
-        run_application("train")
-    (run,) = (p.parent for p in folder.glob("outputs/*/*/identity.yaml"))
-    return run
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    """A copy of the trained run in the working folder of the test."""
-    target = tmp_path / "outputs" / trained.parent.name / trained.name
-    shutil.copytree(trained, target)
-    return target
-
-
-@pytest.fixture
-def evaluate(tmp_path, monkeypatch, capfd):
-    """evaluate(*arguments) runs `python evaluate.py ...` in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Answer:
-        capfd.readouterr()
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        try:
-            run_application("evaluate")
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Answer(code, *capfd.readouterr())
-
-    return call
-
-
-def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(lambda name, thing: found.update({name: thing[()]} if isinstance(thing, h5py.Dataset) else {}))
-    return found
-
-
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_the_papers_evaluation_is_one_command_and_leaves_what_it_promises(evaluate, run):
@@ -156,7 +81,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_numbers_and_repeats_no_
     assert evaluate(f"run={run}", *PAPER).code == 130
     monkeypatch.setattr(bench, "_measure", lambda *a: (done.append(a[-1].name), measure(*a))[1])
     assert evaluate(f"run={run}", *PAPER).code == 0
-    assert sorted(done) == ["average", "clean", "clean", "pgd20", "pgd20", "worst"]
+    assert sorted(done) == ["average", "clean", "clean", "pgd20", "pgd20", "sanity", "worst"]
     interrupted_arrays = arrays_of(run / "results.h5")
     (run / "results.h5").unlink()
     assert evaluate(f"run={run}", *PAPER).code == 0
@@ -187,7 +112,7 @@ def test_force_measures_again_and_replaces(evaluate, run, monkeypatch):
     measure, done = bench._measure, []
     monkeypatch.setattr(bench, "_measure", lambda *a: (done.append(a[-1].name), measure(*a))[1])
     assert evaluate(f"run={run}", *PAPER, "force=true").code == 0
-    assert len(done) == 6
+    assert len(done) == 7
     assert_same(before, arrays_of(run / "results.h5"))
 
 
@@ -212,7 +137,7 @@ def test_a_single_measure_and_a_single_attack(evaluate, run):
     answer = evaluate(f"run={run}", *SMALL, "attack=pgd7")
     assert answer.code == 0, answer.err
     names = ResultStore(run / "results.h5").names()
-    assert {name.split("/", 2)[2] for name in names} == {"clean", "flatness/average_clean", "attacks/pgd7"}
+    assert {name.split("/", 2)[2] for name in names} == {"clean", "sanity", "flatness/average_clean", "attacks/pgd7"}
 
 
 def test_other_settings_of_one_name_stand_beside_the_first(evaluate, run):

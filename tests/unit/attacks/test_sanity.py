@@ -11,7 +11,10 @@ from robustflat.attacks.sanity import (
     check_black_box,
     check_gradients,
     check_model,
+    check_network,
+    check_others,
     check_range,
+    check_search,
     check_verified,
     report,
     verify,
@@ -140,9 +143,42 @@ def test_gradient_free_success_on_survivors_is_a_sign(tried: int, broken: int, l
     assert check_black_box(tried, broken).level == level
 
 
+def test_a_search_without_gradients_finds_what_masked_gradients_hide() -> None:
+    inner, x = linear(), images(12)
+    y = inner(x).argmax(1)
+
+    def masked(v: Tensor) -> Tensor:
+        """The gradient points the wrong way."""
+        logits: Tensor = inner(v)
+        return 2 * logits.detach() - logits
+
+    ball = LinfBall(0.5)
+    assert check_search(inner, x, y, ball, seeded()).level == "ok"
+    hidden = check_search(masked, x, y, ball, seeded())
+    assert hidden.level == "warning"
+    assert "survivors of the gradient attacks were broken" in hidden.message
+    assert check_search(inner, x[:0], y[:0], ball).level == "ok"
+
+
+def test_attacks_without_gradients_are_compared_with_the_others() -> None:
+    fine, bad = check_others(40, {"noise": 2, "transfer": 9})
+    assert (fine.check, fine.level) == ("noise against white box", "ok")
+    assert (bad.check, bad.level) == ("transfer against white box", "warning")
+
+
+def test_all_checks_of_a_network_at_once() -> None:
+    model, x = linear(), images(12)
+    findings = check_network(model, x, model(x).argmax(1), LinfBall(0.02), seeded())
+    assert report(findings).warnings == ()
+    assert len(findings) == 9
+    wrong = check_network(model, x, (model(x).argmax(1) + 1) % 3, LinfBall(0.02), seeded())
+    assert levels(wrong)["gradients"] == "ok"
+
+
 def test_refused_examples_are_named() -> None:
     assert check_verified(0, 7).level == "ok"
     assert "2 of 7" in check_verified(2, 7).message
+    assert "are counted as errors" in check_verified(2, 7, counted=True).message
 
 
 def test_the_report_reads_as_text() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robustflat.attacks.objectives import cross_entropy, kl_divergence, margin
 from robustflat.attacks.pgd import NoAttack, Pgd
-from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, Transfer, WorstOf
+from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, WorstOf
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.types import Forward, Found, Objective
@@ -201,16 +201,6 @@ def test_only_correct_leaves_images_clean_that_already_are_the_target() -> None:
     found = OnlyCorrect(TARGETED)(Linear(), x, y)
     assert torch.equal(found.x_adv[:2], x[:2])
     assert found.fooled.tolist() == [True, True, False]
-
-
-def test_transfer_searches_on_the_source_and_judges_on_the_model() -> None:
-    x, y = three()
-    source, model = Linear().eval(), Linear().eval()
-    source_forward = lambda z: -source(z)  # noqa: E731
-    found = Transfer(ATTACK, source_forward)(model, x, y)
-    # The source prefers the other class, so the search moves the wrong way for the model.
-    assert (found.value < cross_entropy(model(x), y)).all()
-    torch.testing.assert_close(found.value, cross_entropy(model(found.x_adv), y))
 
 
 @pytest.mark.parametrize(

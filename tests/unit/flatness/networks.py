@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +52,18 @@ def convnet(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
         for _ in range(5):
             model(torch.rand(16, 2, 6, 6, dtype=dtype))
     return model.eval()
+
+
+def scaled_before_batch_norm(model: nn.Sequential, factor: float) -> nn.Sequential:
+    """A copy of `convnet` with both convolutions times `factor` and their batch norms adapted: the same function."""
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for conv, norm in ((0, 1), (3, 4)):
+            for tensor in (scaled[conv].weight, scaled[conv].bias, scaled[norm].running_mean):
+                tensor *= factor
+            scaled[norm].running_var *= factor**2
+            scaled[norm].eps *= factor**2  # without this the variance's epsilon would tell the copies apart
+    return scaled
 
 
 def examples(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

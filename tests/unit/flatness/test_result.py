@@ -61,6 +61,31 @@ def test_value_against_steps_takes_the_best_restart() -> None:
     assert result(LOSSES, [1.0, 1.0, 1.0], reduction="max", trace=trace).value_against_steps() == [0.5, 1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("steps", "trials", "converged"),
+    [
+        ([0.0, 1.0, 1.8, 1.95, 2.0], [2.0, 1.96], True),  # the last quarter of the steps added 2.5 %
+        ([0.0, 1.0, 1.5, 1.6, 2.0], [2.0, 1.96], False),  # ... 20 %
+        ([0.0, 1.0, 1.8, 1.95, 2.0], [1.5, 2.0], False),  # the second restart added 25 %
+        ([0.0, 1.0, 2.0], [2.0, 1.96], None),
+        ([0.0, 1.0, 1.8, 1.95, 2.0], [2.0], None),
+    ],
+)
+def test_a_worst_case_that_late_steps_or_restarts_still_raise_has_not_converged(steps, trials, converged) -> None:
+    trace = torch.tensor([steps] * len(trials))
+    found = result([[1 + t] for t in trials], [1.0], reduction="max", trace=trace)
+    assert found.converged is converged
+    words = {True: "converged: the last", False: "not converged", None: "convergence unknown"}[converged]
+    assert found.convergence().startswith(words)
+    assert str(found).endswith(found.convergence())
+    assert found.to_dict()["convergence"] == found.convergence()
+
+
+def test_an_average_has_a_standard_error_instead_of_a_verdict() -> None:
+    found = result(LOSSES, [1.0, 1.0, 1.0])
+    assert (found.converged, found.convergence()) == (None, "")
+
+
 def test_text_is_one_line_with_value_and_error() -> None:
     text = str(result(LOSSES, [1.0, 1.0, 1.0]))
     assert text.startswith("1.5 +- 0.5 (average-case flatness of the robust loss, WeightBall(radius=0.5), 2 draws")

@@ -18,7 +18,7 @@ from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.modes import perturbable
 from robustflat.rng import generator_for
 from tests.reference.models import cnn_cifar10, figures
-from tests.unit.flatness.networks import Quadratic, convnet, examples, spectrum
+from tests.unit.flatness.networks import AlwaysDropout, Quadratic, convnet, examples, scaled_before_batch_norm, spectrum
 
 
 def absolute(radius: float) -> WeightBall:
@@ -167,6 +167,44 @@ def test_scaling_two_layers_against_each_other_changes_nothing() -> None:
         scaled[3].weight /= 4
     measure = WorstFlatness(WeightBall(0.1), restarts=1, steps=4)
     assert measure(model, images, labels).value == pytest.approx(measure(scaled, images, labels).value, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_scaling_layers_before_batch_norm_changes_nothing_relatively(factor: float) -> None:
+    model, (images, labels) = convnet(dtype=torch.float64), examples(8, torch.float64)
+    scaled = scaled_before_batch_norm(model, factor)
+    relative = WorstFlatness(WeightBall(0.1), restarts=1, steps=4)
+    assert relative(model, images, labels).value == pytest.approx(relative(scaled, images, labels).value, rel=1e-6)
+    absolute = WorstFlatness(WeightBall(0.1, relative=False), restarts=1, steps=4)
+    assert absolute(model, images, labels).value != pytest.approx(absolute(scaled, images, labels).value, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.insert(5, AlwaysDropout()), r"first at layer '5' \(AlwaysDropout\)"),
+        (lambda model: model[3].weight.data.fill_(torch.nan), "3.weight has 180 of 180 values that are NaN"),
+    ],
+)
+def test_networks_that_cannot_be_measured_are_refused(change, message: str) -> None:
+    model, (images, labels) = convnet(), examples(4)
+    change(model)
+    with pytest.raises(UserError, match=message):
+        WorstFlatness(WeightBall(0.1), restarts=1, steps=1, loss="clean")(model, images, labels)
+
+
+def test_a_network_without_weights_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Softmax(dim=1))
+    with pytest.raises(UserError, match="no weights to perturb"):
+        WorstFlatness(restarts=1, loss="clean")(model, *examples(2))
+
+
+def test_dropout_and_train_mode_are_no_obstacle() -> None:
+    model, (images, labels) = convnet(), examples(4)
+    model.insert(6, nn.Dropout(0.5))
+    measure = WorstFlatness(WeightBall(0.1), restarts=1, steps=2)
+    one, other = (measure(network, images, labels) for network in (model.train(), copy.deepcopy(model).eval()))
+    assert torch.equal(one.losses, other.losses)
 
 
 def test_model_comes_back_bit_for_bit() -> None:

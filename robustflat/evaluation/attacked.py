@@ -1,0 +1,153 @@
+"""A data set under attack: logits of every run, what was verified of the images, and AutoAttack's single verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.attacks.autoattack import AutoAttackSearch
+from robustflat.attacks.ensemble_progress import Progress
+from robustflat.attacks.ensemble_result import AttackRecord, AutoAttackResult
+from robustflat.attacks.examples import require_answers
+from robustflat.attacks.sanity import Finding, check_verified, finite_and_wrong, verify
+from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.geometry.input_ball import InputBall
+from robustflat.models.precision import device_of
+from robustflat.types import Attack, Batch
+
+COLUMNS = ("tried", "broken", "loss", "margin", "size", "queries")
+"""What AutoAttack records of every example in each of its attacks; see `AttackRecord`."""
+
+
+class Attacked(NamedTuple):
+    """What an attack has done to a data set of N examples.
+
+    Attributes:
+        logits: float32 (R, N, K) of R runs, judged by the network itself, on the CPU.
+        findings: checks of the adversarial images, and for AutoAttack those of network and gradients.
+        verdicts: for AutoAttack each of `COLUMNS` as (A, N) for its A attacks; else empty.
+        costs: for AutoAttack name -> seconds, images forward and backward, in order of the attacks; else empty.
+    """
+
+    logits: Tensor
+    findings: tuple[Finding, ...]
+    verdicts: Mapping[str, Tensor]
+    costs: Mapping[str, tuple[float, int, int]]
+
+
+def attack_batches(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    attack: Attack,
+    *,
+    ball: InputBall,
+    runs: int,
+    at_once: int,
+    search: str,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Attacked:
+    """Independent runs of any attack on every batch.
+
+    Args:
+        model: images in [0, 1] -> logits; left as found.
+        batches: un-augmented, with class labels.
+        attack: run `runs` times on every image.
+        ball: where its images must lie; images outside are counted and reported, in float64.
+        runs: number of runs R, >= 1.
+        at_once: images in one pass, runs counted.
+        search: see `robustflat.attacks.strongest.SEARCHES`.
+        generator: source of all draws, on the model's device.
+        progress: finished batches, with the generator's state after them; those are not attacked again.
+
+    Raises:
+        UserError: if labels are not classes of the model, or logits are not finite.
+    """
+    device, found, labels = device_of(model), [], []
+    refused = fooled = 0
+    for number, batch in enumerate(batches):
+        x, y = batch.x.to(device), batch.y.to(device)
+        piece = None if progress is None else progress.load("batch", number)
+        if piece is None:
+            logits, outside, wrong = _runs(model, Batch(x, y), attack, ball, runs, at_once, search, generator)
+            piece = {"logits": logits.cpu(), "outside": outside, "wrong": wrong, "state": generator.get_state()}
+            if progress is not None:
+                progress.save("batch", number, piece)
+        else:
+            generator.set_state(piece["state"])
+        found.append(piece["logits"])
+        labels.append(batch.y.cpu())
+        refused, fooled = refused + piece["outside"], fooled + piece["wrong"]
+    logits = torch.cat(found, dim=1)
+    for run in logits:
+        require_answers(run, torch.cat(labels))
+    return Attacked(logits, (check_verified(refused, fooled, counted=True),), {}, {})
+
+
+def _runs(
+    model: nn.Module,
+    batch: Batch,
+    attack: Attack,
+    ball: InputBall,
+    runs: int,
+    at_once: int,
+    search: str,
+    generator: torch.Generator,
+) -> tuple[Tensor, int, int]:
+    """Logits (R, B, K), and how many misclassified images lie outside the ball, and are there in all."""
+    x, y = batch
+    together, parts, left = max(1, at_once // len(y)), [], runs
+    outside = wrong = 0
+    while left:
+        now = min(together, left)
+        many_x, many_y = x.repeat(now, *[1] * (x.ndim - 1)), y.repeat(now)
+        result = strongest(model, many_x, many_y, attack, generator=generator, search=search)
+        misled = finite_and_wrong(result.logits, many_y)
+        wrong += int(misled.sum())
+        outside += int((misled & ~verify(result.x_adv, many_x, ball).allowed).sum())
+        parts.append(result.logits.float().view(now, len(y), -1))
+        left -= now
+    return torch.cat(parts), outside, wrong
+
+
+def autoattack_batches(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    attack: AutoAttackSearch,
+    *,
+    at_once: int,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Attacked:
+    """AutoAttack on all examples together: survivors packed into full batches, every verdict kept.
+
+    Args:
+        model, batches: see `attack_batches`.
+        attack: which version, ball and search.
+        at_once: images in one pass; with another number the draws are others.
+        generator: gives the seed.
+        progress: its folder keeps finished batches of each attack.
+
+    Raises:
+        UserError: see `attack_batches`.
+    """
+    device = device_of(model)
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    x, y = (torch.cat([part.to(device) for part in parts]) for parts in zip(*batches, strict=True))
+    evaluation = attack.evaluation(seed=seed, batch_size=at_once)
+    result = evaluation(model, x, y, progress=None if progress is None else progress.folder / "autoattack")
+    parts = torch.split(result.adversarial.to(x), [len(batch.y) for batch in batches])
+    logits = torch.cat([judged_logits(model, part).float().cpu() for part in parts])
+    require_answers(logits, y.cpu())
+    return Attacked(logits[None], result.sanity.findings, _verdicts(result), _costs(result.attacks))
+
+
+def _verdicts(result: AutoAttackResult) -> dict[str, Tensor]:
+    return {name: torch.stack([getattr(record, name) for record in result.attacks]) for name in COLUMNS}
+
+
+def _costs(records: Sequence[AttackRecord]) -> dict[str, tuple[float, int, int]]:
+    return {record.name: (record.seconds, record.forwards, record.backwards) for record in records}
