@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -71,7 +72,8 @@ class StudyJob:
         context = HydraConfig.get()
         folder = Path(context.runtime.output_dir)
         command = list(context.overrides.task)
-        with _ending_with(self.parent), _logging_to(folder) as console:
+        _end_with(self.parent)
+        with _logging_to(folder) as console:
             try:
                 self._run(config, folder, command, console)
             except UserError as error:
@@ -143,22 +145,21 @@ def _logging_to(folder: Path) -> Iterator[Console]:
             yield console
 
 
-@contextmanager
-def _ending_with(parent: int) -> Iterator[None]:
-    """End this process at once when the study that started it has been killed: nobody would see what it does.
+_WATCHED: set[int] = set()
+"""Process of the study that this process has a watch on, if it has."""
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the study that started it has been killed, at work or idle: nobody would see what it does.
 
     Only a child of the study is concerned; jobs of a cluster outlive it. What a job has written stays whole.
     """
-    stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(1.0):
-            if os.getppid() != parent:
-                os._exit(1)
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
 
-    if os.getppid() == parent:
+    if os.getppid() == parent and parent not in _WATCHED:
+        _WATCHED.add(parent)
         threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        stop.set()

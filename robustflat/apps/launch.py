@@ -54,7 +54,7 @@ def launcher_overrides(given: Sequence[str], *, jobs: int | None, waiting: int) 
         there = _installed("hydra_plugins") and _installed("hydra_plugins.hydra_joblib_launcher")
         if workers > 1 and not there and jobs is not None:
             raise UserError(
-                f"jobs={jobs} needs joblib's launcher: pip install 'robustflat[joblib]'. Or leave jobs out."
+                f"jobs={jobs} needs joblib's launcher: pip install hydra-joblib-launcher. Or leave jobs out."
             )
         chosen = ["joblib"] if workers > 1 and there else ["basic"]
         own = [f"{GROUP}{chosen[0]}", *own]

@@ -11,6 +11,7 @@ import robustflat
 from robustflat.apps.build import build
 from robustflat.apps.surrogates import give_surrogates
 from robustflat.evaluation.plan import EvaluationPlan
+from robustflat.models.modes import evaluating
 
 if TYPE_CHECKING:
     from robustflat.apps.train import Session
@@ -43,7 +44,8 @@ def measure(session: Session, key: str) -> dict[str, Any]:
                 continue
             with session.console.status(f"measuring {piece} ({name} weights)"):
                 if piece == "flatness":
-                    values = plan.measure_flatness(model, session.dataset, measure_flatness, seed=config.seed)
+                    with evaluating(model):
+                        values = plan.measure_flatness(model, session.dataset, measure_flatness, seed=config.seed)
                 else:
                     values = plan.measure_split(model, session.dataset, piece, seed=config.seed)
             measured[piece] = values

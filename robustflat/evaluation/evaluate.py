@@ -23,6 +23,7 @@ from robustflat.evaluation.attacked import attack_batches
 from robustflat.evaluation.metrics import Interval
 from robustflat.evaluation.paired import Comparison, compare_attacks, compare_clean
 from robustflat.evaluation.predict import Prediction, predict
+from robustflat.flatness.subject import require_evaluation_mode
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.precision import device_of, precision_of
 from robustflat.rng import generator_for
@@ -222,10 +223,11 @@ def evaluate(
         seed: of the attack's draws, >= 0.
 
     Raises:
-        UserError: if images, labels or the model's answers are not what they should be; the message says what
-            is.
+        UserError: if images, labels or the model's answers are not what they should be, or a layer is in training
+            mode; the message says what is wrong.
     """
     require_range("seed", seed, low=0)
+    require_evaluation_mode(model)
     start = time.perf_counter()
     batches = batches_for(model, images, labels, batch_size=batch_size)
     chosen, restarts = (standard_attack(norm, epsilon), PGD_RESTARTS) if attack is None else (attack, 1)

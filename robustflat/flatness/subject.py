@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.inputs import check_images
@@ -57,9 +58,9 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     """Check model and examples, and move the examples to the model's device.
 
     Raises:
-        UserError: if there is no example; images or labels are out of range; a weight, statistic or logit is
-            not finite; no weight can be displaced; the network mixes the examples of a batch; or two passes
-            differ.
+        UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
+            statistic or logit is not finite; no weight can be displaced; the network mixes the examples of a
+            batch; or two passes differ.
     """
     device = device_of(model)
     moved = [Batch(batch.x.to(device), batch.y.to(device)) for batch in batches]
@@ -69,6 +70,7 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
         check_images(batch.x, batch.y)
         if batch.y.is_floating_point():
             raise UserError("A flatness measure needs one class per image, got mixed labels (probabilities).")
+    require_evaluation_mode(model)
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)
     require_own_statistics(model)
@@ -76,6 +78,24 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     logits = torch.cat([judged_logits(model, batch.x) for batch in moved])
     require_answers(logits, torch.cat([batch.y for batch in moved]))
     return Subject(model, moved, weights)
+
+
+def require_evaluation_mode(model: nn.Module) -> None:
+    """Refuse a network in which a layer that works differently in training is in training mode.
+
+    Measuring it in evaluation mode instead would give figures for another function than the one that was handed over.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, _NormBase | _DropoutNd):
+            mixes = isinstance(module, _NormBase)
+            what = "mixes the examples of a batch" if mixes else "draws at random"
+            raise UserError(
+                f"Layer '{name}' ({type(module).__name__}) is in training mode, in which it {what}, so the loss of an "
+                f"example is not defined. Call model.eval() first."
+            )
 
 
 def require_finite_weights(model: nn.Module) -> None:

@@ -156,6 +156,6 @@ def test_two_experiments_that_are_the_same_run_are_refused(read):
 def test_an_evaluation_that_does_not_compose_or_fit_is_named(read):
     with pytest.raises(UserError, match="evaluation 'last'"):
         runs_of(read_study({**NODE, "evaluations": {"last": ["evaluation=smok"]}}, "mine"))
-    with pytest.raises(UserError, match=r"experiment 'a': evaluation 'last'.*steps"):
+    with pytest.raises(UserError, match=r"(?s)experiment 'a': evaluation 'last'.*steps"):
         wrong = {"last": ["evaluation=smoke", "evaluation.attacks.pgd20.steps=x"]}
         runs_of(read_study({**NODE, "evaluations": wrong}, "mine"))

@@ -188,8 +188,8 @@ def test_recalibrated_statistics_are_those_of_the_clean_images_at_the_displaced_
 
 
 def test_model_comes_back_bit_for_bit_also_after_an_error() -> None:
-    model, (images, labels) = convnet().train(), examples(4)
-    model[3].eval()
+    model, (images, labels) = convnet(), examples(4)
+    model[0].train()  # a convolution: its mode changes nothing, and must come back
     model[0].weight.requires_grad_(False)
     before = copy.deepcopy(model)
 
@@ -280,17 +280,21 @@ def test_a_layer_that_stays_random_is_named() -> None:
         AverageFlatness(trials=1, loss="clean")(model, images, labels)
 
 
-def test_dropout_and_train_mode_are_no_obstacle() -> None:
+def test_layers_in_training_mode_are_refused_by_name_and_dropout_in_eval_mode_is_not() -> None:
     model, (images, labels) = convnet(), examples(4)
     model.insert(6, nn.Dropout(0.5))
-    one = AverageFlatness(trials=1, loss="clean")(model.train(), images, labels)
-    other = AverageFlatness(trials=1, loss="clean")(model.eval(), images, labels)
-    assert torch.equal(one.losses, other.losses)
+    AverageFlatness(trials=1, loss="clean")(model.eval(), images, labels)
+    with pytest.raises(UserError, match=r"Layer '1' \(BatchNorm2d\) is in training mode.*model\.eval\(\)"):
+        AverageFlatness(trials=1, loss="clean")(model.train(), images, labels)
+    model.eval()
+    model[6].train()
+    with pytest.raises(UserError, match=r"Layer '6' \(Dropout\) is in training mode, in which it draws at random"):
+        AverageFlatness(trials=1, loss="clean")(model, images, labels)
 
 
 def test_batch_norm_without_statistics_is_refused() -> None:
     model, (images, labels) = convnet(), examples(4)
-    model[1] = nn.BatchNorm2d(4, track_running_stats=False)
+    model[1] = nn.BatchNorm2d(4, track_running_stats=False).eval()
     with pytest.raises(UserError, match=r"Layer '1' .* normalises by the batch even in eval mode"):
         AverageFlatness(trials=1, loss="clean")(model, images, labels)
 

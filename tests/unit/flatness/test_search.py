@@ -43,8 +43,8 @@ def test_worst_flatness_is_that_of_the_plain_search():
 def test_the_network_is_left_as_it_was_found():
     model, (x, y) = convnet(), examples(8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    AverageFlatness(WeightBall(0.3), trials=1, attack=ATTACK, search="bf16")(model.train(), x, y)
-    assert model.training
+    AverageFlatness(WeightBall(0.3), trials=1, attack=ATTACK, search="bf16")(model, x, y)
+    assert not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -214,7 +214,7 @@ def test_every_standard_measure_states_its_source_and_is_taken_in_one_call() -> 
 
 def test_measuring_leaves_the_network_as_it_was() -> None:
     model, (x, y) = convnet(), examples(4)
-    model.train()
+    model[0].train()  # a convolution: its mode changes nothing, and must come back
     before = copy.deepcopy(model.state_dict())
     surface = LossSurface(model, x, y, anchors={"other": convnet(1).state_dict()})
     small = [
@@ -230,5 +230,5 @@ def test_measuring_leaves_the_network_as_it_was() -> None:
         LogitNormalized(SamSharpness()),
     ]
     take({str(index): measure for index, measure in enumerate(small)}, surface)
-    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model[0].training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
