@@ -18,6 +18,7 @@ from robustflat.apps.cards import write_card
 from robustflat.apps.messages import complain
 from robustflat.apps.records import headline, read_records
 from robustflat.errors import UserError, require_one_of
+from robustflat.reporting.models_table import models_table
 from robustflat.reporting.page import write_report
 from robustflat.reporting.records import RunRecord, Study
 from robustflat.store.tables import as_text, write_table
@@ -103,7 +104,7 @@ def write_pages(study: Study, folder: Path) -> dict[str, Path]:
         folder: where to; made if needed.
 
     Returns:
-        What -> where: "report" (the page), "numbers" (all, tidy), "table" (a line a run).
+        What -> where: "report" (the page), "numbers" (all, tidy), "table" (a line a run), "models" (means over seeds).
 
     Raises:
         UserError: if a file cannot be written.
@@ -120,10 +121,11 @@ def write_pages(study: Study, folder: Path) -> dict[str, Path]:
     if tables:
         write_table(pd.concat(tables, ignore_index=True), folder / "metrics.parquet")
         written["numbers"] = folder / "metrics.parquet"
-    table = summary_table(study.runs)
+    table, models = summary_table(study.runs), models_table(study)
     for ending in ("csv", "md"):
         write_table(table, folder / f"runs.{ending}")
-    return {**written, "table": folder / "runs.md"}
+        write_table(models, folder / f"models.{ending}")
+    return {**written, "table": folder / "runs.md", "models": folder / "models.md"}
 
 
 def summary_table(records: Sequence[RunRecord]) -> pd.DataFrame:
