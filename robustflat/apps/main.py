@@ -24,6 +24,7 @@ APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
     "evaluate": "evaluate a trained network: errors and losses under attack, flatness, early stopping",
     "landscape": "draw clean or robust loss along directions in weight space, on a plane, between two networks",
+    "doctor": "check this installation and say what to do",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 
