@@ -60,7 +60,12 @@ class RunFolder:
                 self._lock.close()
                 raise UserError(f"Another process is working in {path}; wait for it or stop it first.") from error
         if not (path / "identity.yaml").exists():
-            write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
+            try:
+                write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
+            except BaseException:
+                self.abandon()
+                self.close()
+                raise
 
     def _refuse_other_run(self, identity: Mapping[str, Any]) -> None:
         stored = self.path / "identity.yaml"

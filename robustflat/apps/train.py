@@ -25,7 +25,7 @@ from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.measure import measure
-from robustflat.apps.messages import complain
+from robustflat.apps.messages import complain, explained
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
@@ -43,6 +43,9 @@ from robustflat.training.checkpoint import load_newest
 from robustflat.training.trainer import Trainer, TrainingStopped
 
 DEFAULT_THREADS = torch.get_num_threads()  # before any job of a sweep changes it
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOPPED = 75
+"""Exit code of a run that was stopped and saved, EX_TEMPFAIL of sysexits.h: put it back into the queue."""
 SMALL_BATCH = 2**15
 """Numbers in a batch of images below which one thread is faster than two (8x8 digits: 4,096)."""
 
@@ -77,11 +80,16 @@ def job(config: DictConfig) -> float:
     console = Console(highlight=False, soft_wrap=True)
     try:
         results = run(config, path, command=list(context.overrides.task), console=console)
-    except UserError as error:
+    except Exception as error:
         _remove_if_empty(path)
-        complain(str(error))
+        message = explained(error)
+        if message is None:
+            raise
+        complain(message)
+        if isinstance(error, TrainingStopped):
+            sys.exit(STOPPED)  # of a sweep too: the machine is wanted back
         if context.mode is not None and context.mode.name == "MULTIRUN":
-            raise  # Hydra goes on with the other jobs and reports this one at the end
+            raise UserError(message) from error  # Hydra goes on with the others and reports this one at the end
         sys.exit(1)
     return first_robust_error(results)
 
@@ -247,7 +255,10 @@ def train(session: Session) -> None:
 
 @contextmanager
 def _stopping_politely(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM (a scheduler that takes the machine back) end training before its next step."""
+    """Let SIGTERM and SIGUSR1 (a scheduler that takes the machine back) end training before its next step.
+
+    SIGUSR2 is left to submitit, which puts a job back into SLURM's queue when it comes.
+    """
 
     def stop(*_: object) -> None:
         trainer.stop_requested = True
@@ -255,11 +266,12 @@ def _stopping_politely(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _draw_curves(session: Session) -> None:
