@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ def config_folder() -> Path:
 def register() -> None:
     """Make the root schema and the resolvers known to Hydra and OmegaConf; may be called again."""
     ConfigStore.instance().store(name="root", node=Root)
+    # Our launcher files bear the names of their plugins' schemas on purpose, and may be checked against them.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated", category=UserWarning)
     OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
     OmegaConf.register_new_resolver("training_norm", _training_norm, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)

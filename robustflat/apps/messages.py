@@ -26,6 +26,11 @@ def explained(error: BaseException) -> str | None:
                 "(evaluation and flatness use the latter), take a smaller model, or, on a GPU, trainer.precision=bf16. "
                 "What was saved is intact; the same command goes on from the last checkpoint."
             )
+        if isinstance(seen, RuntimeError) and "Unknown plugin class" in str(seen):
+            return (
+                f"{_first_line(seen)}. Is the launcher or sweeper installed? pip install robustflat[joblib], "
+                "robustflat[slurm], robustflat[ray], or hydra-optuna-sweeper; robustflat doctor lists what is there."
+            )
         if isinstance(seen, ValueError) and "Config group override must be a string" in str(seen):
             return (
                 "A group cannot be set to null here: leave it out with ~GROUP, for example ~flatness "

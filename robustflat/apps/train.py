@@ -24,6 +24,7 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import require_valid
 from robustflat.apps.config import digest, identity, resolved
+from robustflat.apps.isolated import run_isolated
 from robustflat.apps.measure import measure
 from robustflat.apps.messages import complain, explained
 from robustflat.apps.rules import check_together
@@ -77,9 +78,13 @@ def job(config: DictConfig) -> float:
     """
     context = HydraConfig.get()
     path = Path(context.runtime.output_dir)
-    console = Console(highlight=False, soft_wrap=True)
+    sweeping = context.mode is not None and context.mode.name == "MULTIRUN"
     try:
-        results = run(config, path, command=list(context.overrides.task), console=console)
+        command = list(context.overrides.task)
+        if sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher"):
+            results = run_isolated(config, path, command)
+        else:
+            results = run(config, path, command=command, console=Console(highlight=False, soft_wrap=True))
     except Exception as error:
         _remove_if_empty(path)
         message = explained(error)
@@ -88,7 +93,7 @@ def job(config: DictConfig) -> float:
         complain(message)
         if isinstance(error, TrainingStopped):
             sys.exit(STOPPED)  # of a sweep too: the machine is wanted back
-        if context.mode is not None and context.mode.name == "MULTIRUN":
+        if sweeping:
             raise UserError(message) from error  # Hydra goes on with the others and reports this one at the end
         sys.exit(1)
     return first_robust_error(results)

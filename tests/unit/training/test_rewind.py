@@ -78,7 +78,7 @@ def test_after_the_last_rewind_it_ends_with_the_good_checkpoint_kept(make_traine
 def test_an_exploding_loss_counts_where_asked_for(make_trainer, tmp_path):
     callbacks = {"rewind": Rewind(times=0, highest_loss=1e-6), "last": SaveLast()}
     trainer = make_trainer(callbacks=callbacks, folder=tmp_path)
-    with pytest.raises(DivergenceError, match="diverged in epoch 1.*above highest_loss"):
+    with pytest.raises(DivergenceError, match=r"diverged in epoch 1.*above highest_loss"):
         trainer.fit()
     assert not list(tmp_path.iterdir())
 
