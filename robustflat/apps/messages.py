@@ -26,6 +26,8 @@ def explained(error: BaseException) -> str | None:
                 "(evaluation and flatness use the latter), take a smaller model, or, on a GPU, trainer.precision=bf16. "
                 "What was saved is intact; the same command goes on from the last checkpoint."
             )
+        if isinstance(seen, RuntimeError) and "does not have a deterministic implementation" in str(seen):
+            return f"deterministic=true: {_first_line(seen).split('.')[0]}. Use deterministic=false, or device=cpu."
         if isinstance(seen, RuntimeError) and "Unknown plugin class" in str(seen):
             return (
                 f"{_first_line(seen)}. Is the launcher or sweeper installed? pip install robustflat[joblib], "

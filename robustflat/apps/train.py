@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -112,6 +113,7 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         The measured values, as in results.json.
     """
     require_valid(config)
+    make_deterministic(config.deterministic)
     config.device = choose_device(config.device)
     check_together(config)
     name = path.parent.name
@@ -179,9 +181,29 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     trainer.meta = {"config": OmegaConf.to_yaml(config, resolve=True), "robustflat": robustflat.__version__}
     session = Session(config, folder, name, console, dataset, trainer, logger)
     write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
+    folder.write_json("provenance.json", _origin(folder, dataset, command))
     _resume(session)
     return session
+
+
+def _origin(folder: RunFolder, dataset: Dataset, command: list[str]) -> dict[str, Any]:
+    """Provenance of the run; what another version or machine has trained or measured of it before is kept."""
+    hashes = {"train": dataset.train.digest(), "test": dataset.test.digest()}
+    now = provenance(command) | {"data": dataset.describe(), "data_hash": hashes}
+    before = folder.read_json("provenance.json")
+    earlier = before.pop("earlier", [])
+    different = before and any(before.get(key) != now[key] for key in ("commit", "dirty", "packages", "cpu", "gpu"))
+    return now | ({"earlier": [*earlier, before]} if different else {"earlier": earlier} if earlier else {})
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Let torch use deterministic algorithms only (True), or whatever is fastest; before a GPU is first used."""
+    if wanted:  # cuBLAS reads it when it starts; NVIDIA's documentation of reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        torch.backends.cudnn.benchmark = False
 
 
 def sensible_threads(dataset: Dataset) -> int:
