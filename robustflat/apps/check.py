@@ -36,6 +36,9 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 }
 """Arguments that the application fills in, by path of the node."""
 
+NEEDED = ("dataset", "model", "optimizer", "schedule", "attack", "trainer", "evaluation")
+"""Groups that training cannot do without; there may be no flatness measure and no further logger."""
+
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
 
@@ -69,10 +72,18 @@ def require_valid(config: DictConfig) -> None:
     Raises:
         UserError: if there is any.
     """
-    problems = check(config)
+    problems = [*_groups_left_out(config), *check(config)]
     if problems:
         lines = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")
+
+
+def _groups_left_out(config: DictConfig) -> Iterator[str]:
+    """Groups without which nothing can be trained, that are null or no longer name what to build."""
+    for group in NEEDED:
+        node = config.get(group)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            yield f"{group}: is {_show(node)}, but training needs one; choose a file of conf/{group} with {group}=..."
 
 
 def _walk(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:

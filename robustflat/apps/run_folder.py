@@ -179,7 +179,7 @@ def _hardware() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
-        "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,  # type: ignore[no-untyped-call]
     }
 
 

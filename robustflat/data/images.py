@@ -128,7 +128,8 @@ class ImageSet:
     def digest(self) -> str:
         """SHA-256 of images (shape, type, values) and labels, 16 hexadecimal digits: which data this is."""
         found = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
-        for rows in (*self.images.split(4096), self.labels):
+        chunks = [self.images[start : start + 4096] for start in range(0, len(self), 4096)]
+        for rows in (*chunks, self.labels):
             found.update(rows.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:16]
 
