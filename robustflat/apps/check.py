@@ -113,6 +113,7 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
         return
     if "_args_" in node:
         yield f"{path}._args_: positional arguments are not allowed; name each argument."
+    yield from _check_flags(node, path)
     signature = inspect.signature(made)
     hints = _hints(made)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -131,6 +132,15 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
                 *supplied,
             }:
                 yield f"{path}.{name}: {_short(target)} needs this argument and nothing gives it."
+
+
+def _check_flags(node: DictConfig, path: str) -> Iterator[str]:
+    """Hydra's own keys of a node."""
+    for key in ("_partial_", "_recursive_"):
+        if key in node and not isinstance(node.get(key), bool):
+            yield f"{path}.{key}: expected true or false, got {_show(node.get(key))}."
+    if str(node.get("_convert_", "none")) not in ("none", "partial", "object", "all"):
+        yield f"{path}._convert_: must be one of none, partial, object, all, got {_show(node.get('_convert_'))}."
 
 
 def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:

@@ -94,12 +94,14 @@ FUZZ = settings(
 
 @pytest.mark.slow
 @FUZZ
+@example("optimizer._partial_", "-1", "")
 @given(st.sampled_from(LEAVES), st.sampled_from(VALUES), st.sampled_from(["", "+", "++", "~"]))
 def test_any_override_runs_or_gives_a_message(cli, one_step, key, value, prefix):
     kept = [a for a in SMALL if a.split("=")[0] != key]
     require_message(cli(*kept, f"{prefix}{key}" if prefix == "~" else f"{prefix}{key}={value}"))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.text(min_size=1, max_size=30))
 @example("a=b=c")
