@@ -36,6 +36,9 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 }
 """Arguments that the application fills in, by path of the node."""
 
+NEEDED = ("dataset", "model", "optimizer", "schedule", "attack", "trainer", "evaluation")
+"""Groups that training cannot do without; there may be no flatness measure and no further logger."""
+
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
 
@@ -69,10 +72,18 @@ def require_valid(config: DictConfig) -> None:
     Raises:
         UserError: if there is any.
     """
-    problems = check(config)
+    problems = [*_groups_left_out(config), *check(config)]
     if problems:
         lines = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")
+
+
+def _groups_left_out(config: DictConfig) -> Iterator[str]:
+    """Groups without which nothing can be trained, that are null or no longer name what to build."""
+    for group in NEEDED:
+        node = config.get(group)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            yield f"{group}: is {_show(node)}, but training needs one; choose a file of conf/{group} with {group}=..."
 
 
 def _walk(node: DictConfig | ListConfig, path: str, trusted: Sequence[str]) -> Iterator[str]:
@@ -102,6 +113,7 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
         return
     if "_args_" in node:
         yield f"{path}._args_: positional arguments are not allowed; name each argument."
+    yield from _check_flags(node, path)
     signature = inspect.signature(made)
     hints = _hints(made)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -120,6 +132,15 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
                 *supplied,
             }:
                 yield f"{path}.{name}: {_short(target)} needs this argument and nothing gives it."
+
+
+def _check_flags(node: DictConfig, path: str) -> Iterator[str]:
+    """Hydra's own keys of a node."""
+    for key in ("_partial_", "_recursive_"):
+        if key in node and not isinstance(node.get(key), bool):
+            yield f"{path}.{key}: expected true or false, got {_show(node.get(key))}."
+    if str(node.get("_convert_", "none")) not in ("none", "partial", "object", "all"):
+        yield f"{path}._convert_: must be one of none, partial, object, all, got {_show(node.get('_convert_'))}."
 
 
 def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:

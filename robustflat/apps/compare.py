@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from robustflat.apps.config import differences
+from robustflat.apps.messages import complain
+from robustflat.errors import UserError
 from robustflat.training.checkpoint import load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `scripts/compare_runs.py`.
+
+    Args:
+        arguments: default: those of the process.
+
+    Returns:
+        Exit code: 0; 1 if the runs differ and `--assert-equal` is given; 2 if they cannot be compared.
+    """
+    parser = argparse.ArgumentParser(description="Compare two run folders, bit for bit.")
+    parser.add_argument("a", type=Path, help="a run folder")
+    parser.add_argument("b", type=Path, help="another run folder")
+    parser.add_argument("--assert-equal", action="store_true", help="exit code 1 if weights, state or metrics differ")
+    given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    try:
+        found = compare_runs(given.a, given.b)
+    except UserError as error:
+        complain(str(error))
+        return 2
+    for line in compare_origins(given.a, given.b):
+        print(f"origin  {line}")
+    print("\n".join(f"result  {line}" for line in found) or "equal bit for bit")
+    return 1 if found and given.assert_equal else 0
+
+
+def compare_origins(a: Path, b: Path) -> list[str]:
+    """Differences between the provenance of two runs, one line each; data, versions, commit, machine, command."""
+    return list(differences(_provenance(a), _provenance(b)))
+
+
+def _provenance(run: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((run / "provenance.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def compare_runs(a: Path, b: Path) -> list[str]:
@@ -19,13 +63,16 @@ def compare_runs(a: Path, b: Path) -> list[str]:
         a, b: run folders with checkpoints/last.pt and metrics.jsonl.
 
     Raises:
-        CheckpointError: if a checkpoint is missing or damaged.
+        UserError: if a checkpoint or a metrics file is missing or damaged.
     """
     found = list(_differences(load(a / "checkpoints" / "last.pt").parts, load(b / "checkpoints" / "last.pt").parts, ""))
     return [*found, *_different_lines(a / "metrics.jsonl", b / "metrics.jsonl")]
 
 
 def _different_lines(a: Path, b: Path) -> Iterator[str]:
+    for path in (a, b):
+        if not path.is_file():
+            raise UserError(f"there is no metrics file {path}: is {path.parent} a run folder?")
     one, other = a.read_bytes().splitlines(), b.read_bytes().splitlines()
     if one != other:
         differing = (n for n, (p, q) in enumerate(zip(one, other, strict=False), start=1) if p != q)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ NOT_IDENTITY = (
     "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
     "trusted_packages", "dataset.device", "dataset.source.root", "dataset.source.download",
     "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "dataset.source.cache",
-    "trainer.log_every", "force", "explain",
+    "trainer.log_every", "force", "explain", "deterministic",
 )  # fmt: skip
 """What may change without making another run. A forgotten entry here costs a needless run; an include list
 would silently reuse the wrong one."""
@@ -46,6 +47,7 @@ class Root:
     data_root: str = "${oc.env:ROBUSTFLAT_DATA,data}"
     force: bool = False
     explain: bool = False
+    deterministic: bool = False
     trusted_packages: list[str] = field(default_factory=list)
 
 
@@ -59,10 +61,19 @@ def config_folder() -> Path:
 def register() -> None:
     """Make the root schema and the resolvers known to Hydra and OmegaConf; may be called again."""
     ConfigStore.instance().store(name="root", node=Root)
+    _accept_launcher_files()
     OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
     OmegaConf.register_new_resolver("training_norm", _training_norm, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("run_id", lambda _root_: run_id(_root_), replace=True)
+
+
+def _accept_launcher_files() -> None:
+    """Our launcher files bear the names of their plugins' schemas on purpose, and may be checked against them."""
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated", category=UserWarning)
+
+
+_accept_launcher_files()  # also in the workers of a launcher, which call no `register`
 
 
 def _training_norm(_root_: DictConfig) -> str:

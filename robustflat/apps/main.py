@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustflat import __version__
 from robustflat.apps.config import config_folder, register
-from robustflat.apps.messages import complain, user_error_in
+from robustflat.apps.messages import complain, explained
 
 APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
@@ -31,6 +31,7 @@ APPLICATIONS = {
     "study": "train, evaluate and report all networks of a study",
     "report": "page and tables of any run folders",
     "runs": "list, compare and clean up run folders",
+    "doctor": "check this installation and say what to do",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
 
@@ -88,9 +89,9 @@ def run_application(name: str) -> None:
 
 def _message(error: Exception, config_name: str) -> str | None:
     """Sentence for an error that a user can cause; None for a bug of ours."""
-    cause = user_error_in(error)
-    if cause is not None:
-        return str(cause)
+    message = explained(error)
+    if message is not None:
+        return message
     if isinstance(error, HydraException | OmegaConfBaseException):
         return str(error) + _suggest_key(str(error), config_name)
     if isinstance(error, OSError) and error.filename:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ class RunFolder:
                 self._lock.close()
                 raise UserError(f"Another process is working in {path}; wait for it or stop it first.") from error
         if not (path / "identity.yaml").exists():
-            write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
+            try:
+                write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
+            except BaseException:
+                self.abandon()
+                self.close()
+                raise
 
     def _refuse_other_run(self, identity: Mapping[str, Any]) -> None:
         stored = self.path / "identity.yaml"
@@ -152,10 +158,28 @@ def provenance(command: list[str]) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "processor": platform.machine(),
+        **_hardware(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "command": command,
         "executable": Path(sys.argv[0]).name,
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    """Processor, cores and, where there is one, GPU with driver libraries."""
+    model = None
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": model or platform.processor() or None,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,  # type: ignore[no-untyped-call]
     }
 
 

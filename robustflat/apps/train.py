@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -26,8 +27,9 @@ from robustflat.apps.check import require_valid
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.explain import print_method
+from robustflat.apps.isolated import run_isolated
 from robustflat.apps.measurements import measure
-from robustflat.apps.messages import complain
+from robustflat.apps.messages import complain, explained
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
@@ -48,6 +50,9 @@ from robustflat.training.checkpoint import load_newest
 from robustflat.training.trainer import Trainer, TrainingStopped
 
 DEFAULT_THREADS = torch.get_num_threads()  # before any job of a sweep changes it
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOPPED = 75
+"""Exit code of a run that was stopped and saved, EX_TEMPFAIL of sysexits.h: put it back into the queue."""
 SMALL_BATCH = 2**15
 """Numbers in a batch of images below which one thread is faster than two (8x8 digits: 4,096)."""
 
@@ -80,18 +85,28 @@ def job(config: DictConfig) -> float:
     """
     context = HydraConfig.get()
     path = Path(context.runtime.output_dir)
+    sweeping = context.mode is not None and context.mode.name == "MULTIRUN"
     console = Console(highlight=False, soft_wrap=True)
     try:
         if config.explain:
             print_method(config, console)
             remove_if_empty(path)
             return float("nan")
-        results = run(config, path, command=list(context.overrides.task), console=console)
-    except UserError as error:
+        command = list(context.overrides.task)
+        if sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher"):
+            results = run_isolated(config, path, command)
+        else:
+            results = run(config, path, command=command, console=console)
+    except Exception as error:
         remove_if_empty(path)
-        complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN":
-            raise  # Hydra goes on with the other jobs and reports this one at the end
+        message = explained(error)
+        if message is None:
+            raise
+        complain(message)
+        if isinstance(error, TrainingStopped):
+            sys.exit(STOPPED)  # of a sweep too: the machine is wanted back
+        if sweeping:
+            raise UserError(message) from error  # Hydra goes on with the others and reports this one at the end
         sys.exit(1)
     return first_robust_error(results)
 
@@ -109,6 +124,7 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         The measured values, as in results.json.
     """
     require_valid(config)
+    make_deterministic(config.deterministic)
     config.device = choose_device(config.device)
     check_together(config)
     name = path.parent.name
@@ -191,9 +207,29 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     trainer.meta = {"config": OmegaConf.to_yaml(config, resolve=True), "robustflat": robustflat.__version__}
     session = Session(config, folder, name, console, dataset, trainer, logger)
     write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()})
+    folder.write_json("provenance.json", _origin(folder, dataset, command))
     _resume(session)
     return session
+
+
+def _origin(folder: RunFolder, dataset: Dataset, command: list[str]) -> dict[str, Any]:
+    """Provenance of the run; what another version or machine has trained or measured of it before is kept."""
+    hashes = {"train": dataset.train.digest(), "test": dataset.test.digest()}
+    now = provenance(command) | {"data": dataset.describe(), "data_hash": hashes}
+    before = folder.read_json("provenance.json")
+    earlier = before.pop("earlier", [])
+    different = before and any(before.get(key) != now[key] for key in ("commit", "dirty", "packages", "cpu", "gpu"))
+    return now | ({"earlier": [*earlier, before]} if different else {"earlier": earlier} if earlier else {})
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Let torch use deterministic algorithms only (True), or whatever is fastest; before a GPU is first used."""
+    if wanted:  # cuBLAS reads it when it starts; NVIDIA's documentation of reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        torch.backends.cudnn.benchmark = False
 
 
 def sensible_threads(dataset: Dataset) -> int:
@@ -283,7 +319,10 @@ def train(session: Session) -> None:
 
 @contextmanager
 def _stopping_politely(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM (a scheduler that takes the machine back) end training before its next step."""
+    """Let SIGTERM and SIGUSR1 (a scheduler that takes the machine back) end training before its next step.
+
+    SIGUSR2 is left to submitit, which puts a job back into SLURM's queue when it comes.
+    """
 
     def stop(*_: object) -> None:
         trainer.stop_requested = True
@@ -291,11 +330,12 @@ def _stopping_politely(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def draw_curves(session: Session) -> None:

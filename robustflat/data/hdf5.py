@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustflat.data.images import ImageSet
-from robustflat.errors import DataError
+from robustflat.errors import DataError, UserError
 
 KEY = "tensor"
 MAX_BYTES = 64 * 2**30
@@ -197,8 +197,10 @@ def _opened_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
     try:
         with h5py.File(path, "r") as file:
             yield _find_array(path, file, key)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except UserError:
+        raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0].strip("'\"") if str(error) else type(error).__name__
         raise DataError(
             f"{path} is damaged, incomplete, or not an HDF5 file ({reason}). Delete it and make it again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, overload
@@ -123,6 +124,14 @@ class ImageSet:
         """Stored images and labels at `indices` int64 (B,); see `ImagePool`."""
         indices = indices.to(self.device)
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+    def digest(self) -> str:
+        """SHA-256 of images (shape, type, values) and labels, 16 hexadecimal digits: which data this is."""
+        found = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
+        chunks = [self.images[start : start + 4096] for start in range(0, len(self), 4096)]
+        for rows in (*chunks, self.labels):
+            found.update(rows.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def class_counts(self) -> Tensor:
         """Number of examples of each class, int64 (K,), on the CPU."""

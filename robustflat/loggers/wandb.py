@@ -140,6 +140,14 @@ class WandbLogger(Null):
             _say(f"W&B failed and is off from here on ({_first_line(error)}); metrics.jsonl has everything.")
 
 
+def account() -> bool | None:
+    """Whether W&B could log in on this machine without asking; `None` if the package cannot be imported."""
+    try:
+        return _has_account(importlib.import_module("wandb"))
+    except ImportError:
+        return None
+
+
 def _init(wandb: Any, mode: str, settings: Mapping[str, Any]) -> Any:
     wishes = {
         "init_timeout": _INIT_SECONDS,

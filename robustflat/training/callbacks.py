@@ -39,6 +39,13 @@ class Callback:
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After `after_epoch` of all callbacks: the place to save."""
 
+    def on_stop(self, trainer: Trainer) -> None:
+        """Between two steps, when training was asked to stop and is about to: the place to save."""
+
+    def on_divergence(self, trainer: Trainer) -> bool:
+        """When loss or weights are not finite: whether this callback has put training back where it can go on."""
+        return False
+
     def networks(self, trainer: Trainer) -> dict[str, nn.Module]:
         """Networks, by name and in eval mode, derived from the one in training."""
         return {}
@@ -57,7 +64,8 @@ class Callback:
 
 
 class SaveLast(Callback):
-    """Writes `last.pt`, from which training resumes, after every n-th epoch and after the last one.
+    """Writes `last.pt`, from which training resumes, after every n-th epoch, after the last one, and
+    when training is asked to stop.
 
     Should be the last of the callbacks, since it saves the state of all.
 
@@ -86,8 +94,14 @@ class SaveLast(Callback):
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save everything that resuming needs."""
-        if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
-            return
+        if trainer.epoch % self.every == 0 or trainer.epoch == trainer.epochs:
+            self._save(trainer)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Save in the middle of an epoch: a machine that is taken back costs no step."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
         folder = _folder(self.folder, trainer)
         keep = folder / PREVIOUS if self.keep_previous else None
         save(folder / LAST, trainer.state_dict(), _meta(trainer), keep=keep)

@@ -192,6 +192,8 @@ def _require_sound_zip(path: Path) -> None:
                 "never unpickles files, since that could run any code."
             )
         with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                raise CheckpointError(f"{path} is a TorchScript archive, which could run code; nothing was loaded.")
             damaged = archive.testzip()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class RunningMeans:
             self._sums[name] = (before + total, steps + count)
         self._window, self._counts = {}, {}
         return means
+
+    def finite(self) -> bool:
+        """Whether no value since the last read is infinite or not a number; waits for the device once."""
+        return not self._window or bool(torch.stack([v.isfinite().all().cpu() for v in self._window.values()]).all())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both sums, so that an epoch can go on where it was interrupted with the same means."""
+        return {"window": dict(self._window), "counts": dict(self._counts), "sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue saved sums; an empty mapping starts anew."""
+        self._window = {name: value.to(device) for name, value in state.get("window", {}).items()}
+        self._counts, self._sums = dict(state.get("counts", {})), dict(state.get("sums", {}))
 
     def read_all(self) -> dict[str, float]:
         """Mean of each name over all steps that `read` has seen since the last `read_all`."""

@@ -45,6 +45,12 @@ class Schedule:
         self._initial = [float(group["lr"]) for group in optimizer.param_groups]
         self._momenta = [float(group.get("momentum", 0.0)) for group in optimizer.param_groups]
         self._done = 0
+        self._scale = 1.0
+        self._apply()
+
+    def rescale(self, scale: float) -> None:
+        """Multiply every learning rate of the schedule by `scale` > 0 from now on; a later scale replaces it."""
+        self._scale = scale
         self._apply()
 
     def step(self) -> None:
@@ -58,7 +64,7 @@ class Schedule:
 
     def state_dict(self) -> dict[str, object]:
         """Position in the schedule; the shape comes from the config."""
-        return {"done": self._done, "total_steps": self.total_steps}
+        return {"done": self._done, "total_steps": self.total_steps, "scale": self._scale}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue at a saved position.
@@ -71,13 +77,13 @@ class Schedule:
                 f"the checkpoint's schedule has {state.get('total_steps')} steps, ours {self.total_steps}: "
                 "epochs, batch size and size of the training set must be those of the interrupted run."
             )
-        self._done = int(str(state["done"]))
+        self._done, self._scale = int(str(state["done"])), float(str(state.get("scale", 1.0)))
         self._apply()
 
     def _apply(self) -> None:
         position = min(self._done, self.total_steps - 1)
         for group, initial in zip(self.optimizer.param_groups, self._initial, strict=True):
-            group["lr"] = self._rate(position, initial)
+            group["lr"] = self._scale * self._rate(position, initial)
         if self._momentum is not None:
             for group, initial in zip(self.optimizer.param_groups, self._momenta, strict=True):
                 group["momentum"] = self._momentum(position, initial)

@@ -33,7 +33,7 @@ class DivergenceError(UserError):
 
 
 class TrainingStopped(UserError):  # noqa: N818  # nothing went wrong: somebody asked for it
-    """Training stopped early because `stop_requested` was set; resuming goes on after the last saved epoch."""
+    """Training stopped early because `stop_requested` was set; resuming goes on from the last saved step."""
 
 
 class BatchSource(Protocol):
@@ -166,24 +166,20 @@ class Trainer:
         """Train until `epochs` epochs are done; returns at once if they are.
 
         Raises:
-            DivergenceError: if loss or weights stop being finite; nothing is saved then.
-            TrainingStopped: if `stop_requested` is set; nothing is saved in the middle of an epoch.
+            DivergenceError: if loss or weights stop being finite and no callback knows a way back; nothing is
+                saved then.
+            TrainingStopped: if `stop_requested` is set; callbacks have saved what they save then.
         """
         self._clock = _Clock()
-        self._means = RunningMeans()
         self.model.train()
         for callback in self.callbacks.values():
             callback.on_fit_start(self)
         while self.epoch < self.epochs:
-            while self.step < (self.epoch + 1) * len(self.data):
-                if self.stop_requested:
-                    self.stop_requested = False
-                    raise TrainingStopped(
-                        f"Training was stopped after {self.epoch} of {self.epochs} epochs (step {self.step}). "
-                        "The same command goes on after the last epoch that was saved."
-                    )
-                self._train_step()
-            self._end_epoch()
+            try:
+                self._train_epoch()
+            except DivergenceError:
+                if not any([callback.on_divergence(self) for callback in self.callbacks.values()]):
+                    raise
 
     def networks(self) -> dict[str, nn.Module]:
         """The network in training ("model") and those that callbacks derive from it, such as "average"."""
@@ -193,7 +189,7 @@ class Trainer:
         return derived
 
     def state_dict(self) -> dict[str, Any]:
-        """Named parts of tensors and plain values from which training continues; take it after an epoch."""
+        """Named parts of tensors and plain values from which training continues; take it between two steps."""
         random = {"cpu": torch.get_rng_state()}  # layers such as dropout draw from torch's own generators
         if self._device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -205,6 +201,7 @@ class Trainer:
             "data": self.data.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
             "random": random,
+            "means": self._means.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "history": [dict(entry) for entry in self.history],
@@ -216,6 +213,7 @@ class Trainer:
         Raises:
             CheckpointError: naming parts, callbacks or weights that are missing, left over or do not fit.
         """
+        state = {"means": {}, **state}  # checkpoints of version 0.1.0 were written after an epoch only
         _require_same_names("parts", self.state_dict(), state)
         _require_same_names("callbacks", self.callbacks, state["callbacks"])
         load_into(self.model, state["model"])
@@ -231,6 +229,7 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
+        self._means.load_state_dict(state["means"], self._device)
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.history = [dict(entry) for entry in state["history"]]
 
@@ -254,6 +253,25 @@ class Trainer:
         with self._autocast():
             return self.loss(self.model, batch, self.streams["loss"])
 
+    def _train_epoch(self) -> None:
+        while self.step < (self.epoch + 1) * len(self.data):
+            if self.stop_requested:
+                self._stop()
+            self._train_step()
+        self._end_epoch()
+
+    def _stop(self) -> None:
+        """Let callbacks save the state between two steps, unless it is not worth saving, and end training."""
+        if not (self._means.finite() and all_finite(self.model)):
+            self.diverged("the loss or a weight is infinite or not a number")
+        for callback in self.callbacks.values():
+            callback.on_stop(self)
+        self.stop_requested = False
+        raise TrainingStopped(
+            f"Training was stopped after {self.epoch} of {self.epochs} epochs (step {self.step}). "
+            "The same command goes on from the last step that was saved."
+        )
+
     def _train_step(self) -> None:
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.zero_grad(set_to_none=True)
@@ -273,13 +291,13 @@ class Trainer:
     def _read_means(self) -> dict[str, float]:
         means = self._means.read()
         if not math.isfinite(means.get("loss", 0.0)):
-            self._diverged(f"the loss is {means['loss']}")
+            self.diverged(f"the loss is {means['loss']}")
         return means
 
     def _end_epoch(self) -> None:
         self._read_means()
         if not all_finite(self.model):
-            self._diverged("a weight is infinite or not a number")
+            self.diverged("a weight is infinite or not a number")
         self.epoch += 1
         self.history.append({"epoch": float(self.epoch), **self._means.read_all()})
         values = {f"epoch/{name}": value for name, value in self.history[-1].items() if name != "epoch"}
@@ -290,11 +308,18 @@ class Trainer:
             callback.on_epoch_end(self)
         self._clock.skip()
 
-    def _diverged(self, what: str) -> None:
+    def diverged(self, what: str) -> None:
+        """Say that training is lost from the running epoch on, for the reason `what`.
+
+        Raises:
+            DivergenceError: always.
+        """
+        before = max(self.step - 1, 0) // len(self.data)
         raise DivergenceError(
-            f"Training diverged in epoch {self.epoch + 1}, at or before step {self.step}: {what}. "
-            f"The checkpoint of epoch {self.epoch}, if one was saved, is from before. Use a smaller "
-            "optimizer.lr, a warm-up (schedule=cosine schedule.warmup=0.1), or a smaller loss weight."
+            f"Training diverged in epoch {before + 1}, at or before step {self.step}: {what}. "
+            f"The checkpoint of epoch {before}, if one was saved, is from before. Use a smaller "
+            "optimizer.lr, a warm-up (schedule=cosine schedule.warmup=0.1), a smaller loss weight, or "
+            "let it go back by itself: +trainer/callback@trainer.callbacks.rewind=rewind."
         )
 
     def _timings(self) -> dict[str, float]:

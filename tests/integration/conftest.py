@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 from collections.abc import Callable
@@ -66,17 +67,17 @@ Cli = Callable[..., Answer]
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """cli(*arguments) runs `python train.py ...` in an empty folder, in this process."""
+def cli_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """cli_of(application, *arguments) runs `robustflat application ...` in an empty folder, in this process."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Answer:
+    def call(application: str, *arguments: str) -> Answer:
         capfd.readouterr()
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         state = torch.get_rng_state()
         try:
-            run_application("train")
+            run_application(application)
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -85,6 +86,12 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         return Answer(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def cli(cli_of: Cli) -> Cli:
+    """cli(*arguments) runs `python train.py ...` in an empty folder, in this process."""
+    return functools.partial(cli_of, "train")
 
 
 def only_run(folder: Path) -> Path:

@@ -98,8 +98,8 @@ def test_a_run_stopped_by_sigterm_goes_on_with_the_same_command(cli, tmp_path, m
 
     monkeypatch.setattr(SaveLast, "on_epoch_end", stop_after_first)
     answer = cli(*TINY)
-    assert answer.code == 1
-    assert "goes on after the last epoch" in answer.err
+    assert answer.code == 75
+    assert "goes on from the last step that was saved" in answer.err
     monkeypatch.setattr(SaveLast, "on_epoch_end", saved)
     again = cli(*TINY)
     assert again.code == 0

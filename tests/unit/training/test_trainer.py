@@ -185,7 +185,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(make_trainer, 
     assert newest is not None
     assert newest.message is None
     second.load_state_dict(newest.parts)
-    assert (second.epoch, second.step) == (2, 6)
+    assert (second.epoch, second.step) == (2, 8)
     second.logger.rewind(second.step)
     second.fit()
     whole.logger.finish("done")
