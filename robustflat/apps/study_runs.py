@@ -22,7 +22,6 @@ from robustflat.apps.messages import user_error_in
 from robustflat.apps.rules import check_together
 from robustflat.apps.study_file import Experiment, StudyFile
 from robustflat.errors import UserError
-from robustflat.evaluation.plan import KINDS
 
 EVALUATED = "evaluated.json"
 """File of a run folder: digests of the evaluations that were completed, so that a study skips them unopened."""
@@ -233,8 +232,7 @@ def _pieces(config: DictConfig) -> int:
     measured = sum(node.get(key) is not None for key in ("flatness", "flatness_train"))
     attacks = sum(value is not None for value in (node.get("attacks") or {}).values())
     measures = sum(value is not None for value in (node.get("measures") or {}).values())
-    counts = dict(zip(KINDS, (splits, splits * attacks, measured * measures), strict=True))
-    return sum(counts.values())
+    return splits + splits * attacks + measured * measures + 1  # and the sanity checks
 
 
 def _composed(name: str, overrides: list[str], where: str) -> DictConfig:
