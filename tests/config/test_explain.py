@@ -16,6 +16,7 @@ from robustflat.apps.build import build
 from robustflat.apps.check import resolve_target
 from robustflat.apps.config import config_folder
 from robustflat.apps.explain import method_of
+from robustflat.attacks.transfer import Transfer
 from robustflat.explanation import Cost, CountsPasses, Explains, explanation_of
 from robustflat.losses.base import TrainingLoss
 from robustflat.training.method import explain_method
@@ -40,11 +41,12 @@ def targets(node: Any) -> Iterator[str]:
 
 def reachable(compose) -> set[str]:
     found: set[str] = set()
-    choices = [f"trainer={name}" for name in TRAINERS] + [f"attack={name}" for name in ATTACKS]
-    choices += [f"trainer/gradient={name}" for name in RULES]
-    choices += [f"trainer/loss={name}" for name in LOSSES]
+    choices = [[f"trainer={name}"] for name in TRAINERS]
+    choices += [[f"attack={name}", *SURROGATE.get(name, [])] for name in ATTACKS]
+    choices += [[f"trainer/gradient={name}"] for name in RULES]
+    choices += [[f"trainer/loss={name}"] for name in LOSSES]
     for choice in choices:
-        config = OmegaConf.to_container(compose(choice), resolve=True)
+        config = OmegaConf.to_container(compose(*choice), resolve=True)
         found |= {*targets(config["trainer"]), *targets(config["attack"])}
     return {target for target in found if not target.startswith(NOT_PARTS)}
 
@@ -121,6 +123,7 @@ def trainer_cost(trainer) -> Cost:
     ).cost
 
 
+SURROGATE = {"transfer": ["attack.surrogate=another"]}
 STARTED = {"trades_awp": ["trainer.gradient.warmup_epochs=0"]}
 MORE = {
     "tau": ["trainer=at", "attack=pgd_tau"],
@@ -151,8 +154,10 @@ def test_so_does_a_step_with_other_settings(compose, name):
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "autoattack"])
 def test_every_attack_takes_the_passes_it_states(compose, name):
-    config = compose(f"attack={name}", *TINY)
+    config = compose(f"attack={name}", *SURROGATE.get(name, []), *TINY)
     attack, model = build(config.attack), build(config.model)
+    if isinstance(attack, Transfer):
+        attack.give(build(config.model))
     x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     with counted(model) as counts:
         attack(model, x, y, generator=torch.Generator().manual_seed(0))

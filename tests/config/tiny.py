@@ -14,7 +14,7 @@ TINY = [
     "device=cpu", "model.channels=2", "trainer.callbacks.evaluation=null",
     "trainer.callbacks.checkpoint=null", "trainer.callbacks.snapshots=null",
     "dataset=synthetic", "dataset.source.size=8", "dataset.source.count=8", "dataset.source.test_count=4",
-    "dataset.batch_size=4",
+    "dataset.batch_size=4", "trainer.search=plain",  # passes of a copy would not be counted
 ]  # fmt: skip
 
 
