@@ -18,9 +18,11 @@ from robustflat.apps.cards import write_card
 from robustflat.apps.messages import complain
 from robustflat.apps.records import headline, read_records
 from robustflat.errors import UserError, require_one_of
+from robustflat.reporting.figures import save
 from robustflat.reporting.models_table import models_table
 from robustflat.reporting.page import write_report
 from robustflat.reporting.records import RunRecord, Study
+from robustflat.reporting.study_figure import study_figure
 from robustflat.store.tables import as_text, write_table
 
 
@@ -117,6 +119,7 @@ def write_pages(study: Study, folder: Path) -> dict[str, Path]:
         write_card(record)
     written: dict[str, Path] = {}
     written["report"] = write_report(study, folder / "report.html")
+    save(study_figure(study), folder / "figures", "study")
     tables = [record.table for record in study.runs if len(record.table)]
     if tables:
         write_table(pd.concat(tables, ignore_index=True), folder / "metrics.parquet")
