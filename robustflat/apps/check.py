@@ -72,7 +72,18 @@ def require_valid(config: DictConfig) -> None:
     Raises:
         UserError: if there is any.
     """
-    problems = [*_groups_left_out(config), *check(config)]
+    refuse([*_groups_left_out(config), *check(config)])
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one error that lists problems of a configuration.
+
+    Args:
+        problems: sentences that begin with a key; none: nothing happens.
+
+    Raises:
+        UserError: if there is any.
+    """
     if problems:
         lines = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")

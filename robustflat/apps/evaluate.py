@@ -20,7 +20,7 @@ from torch import nn
 
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
-from robustflat.apps.check import check
+from robustflat.apps.check import check, refuse
 from robustflat.apps.config import Root, _safe_name, digest, resolved
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
@@ -246,9 +246,7 @@ def require_sound(config: DictConfig) -> None:
             problems.append(f"{group}: a checkpoint from elsewhere needs {group}=<choice> to say what it is.")
     shared = [f.name for f in fields(Root) if f.name in known]
     problems += check(OmegaConf.masked_copy(config, shared))
-    if problems:
-        lines = "\n".join(f"  - {p}" for p in problems)
-        raise UserError(f"The configuration has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{lines}")
+    refuse(problems)
     groups = OmegaConf.create(resolved(config))
     groups.evaluation.flatness = None  # a rule of training: there the measure is a group of its own
     check_together(groups)

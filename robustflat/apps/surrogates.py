@@ -9,7 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from robustflat.apps.build import build
-from robustflat.apps.check import require_valid
+from robustflat.apps.check import check, refuse
 from robustflat.apps.networks import choose, digest_of, find_run, stored_config, weights_of
 from robustflat.attacks.nested import nested
 from robustflat.attacks.transfer import Transfer
@@ -76,7 +76,7 @@ def surrogate_of(run: Path, config: DictConfig) -> nn.Module:
         UserError: see `give_surrogates`.
     """
     stored = stored_config(run)
-    require_valid(OmegaConf.masked_copy(stored, ["model", "trusted_packages"]))
+    refuse(check(OmegaConf.masked_copy(stored, ["model", "trusted_packages"])))
     for key in ("channels", "classes"):
         there, here = stored.dataset.get(key), config.dataset.get(key)
         if there != here:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -53,6 +54,16 @@ PAPER = (
     "evaluation.measures.worst_small=null",
     "evaluation.attacks.autoattack=null",
 )
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_of_the_test_end_with_it():
+    """Hydra's handlers write to the output of the test that set them up, which is closed afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
 
 
 class Answer(NamedTuple):

@@ -37,6 +37,7 @@ STUDY = {
     "question": "Does it run?",
     "seeds": [0],
     "common": [
+        "trainer.search=plain",  # passes that build a copy are counted too
         "device=cpu", "dataset.train='train[:128]'", "trainer.epochs=1", "trainer.callbacks.snapshots.every=1",
         "trainer.callbacks.evaluation=null", "attack.steps=1", "model.channels=4", "threads=1",
     ],
