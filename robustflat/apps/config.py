@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -136,10 +137,18 @@ def run_id(config: DictConfig) -> str:
     return digest(identity(config))
 
 
+_NUMBER = re.compile(r"\d+(e\d+)?")
+
+
 def digest(value: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of a JSON-able mapping, independent of the order of keys and of 1 being written 1.0."""
+    """Eight hexadecimal digits of a JSON-able mapping, independent of the order of keys and of 1 being written 1.0.
+
+    They never look like a number: Hydra reads run=823e4291 as infinity, and run=00123456 as 123456.
+    """
     text = json.dumps(_canonical(value), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    digits = hashlib.sha256(text.encode()).hexdigest()
+    parts = (digits[start : start + 8] for start in range(len(digits) - 7))
+    return next(part for part in parts if not _NUMBER.fullmatch(part))
 
 
 def _canonical(value: Any) -> Any:

@@ -172,3 +172,13 @@ def test_values_that_do_not_fit_together_are_named(compose, override, message):
 def test_trades_without_attack_is_refused(compose):
     with pytest.raises(UserError, match="needs adversarial examples"):
         check_together(compose("trainer=trades", "attack=none"))
+
+
+def test_no_run_id_looks_like_a_number():
+    """Of a thousand hashes about forty would; Hydra would read them as another run, or as infinity."""
+    found = {digest({"seed": seed}) for seed in range(1000)}
+    assert len(found) == 1000
+    for text in found:
+        assert len(text) == 8
+        with pytest.raises(ValueError):
+            float(text)
