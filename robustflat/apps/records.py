@@ -12,6 +12,7 @@ import yaml
 
 from robustflat.apps.collect import RESULTS, origin_of, rows_of_run
 from robustflat.apps.compute import ledger_of
+from robustflat.apps.weight_space import curvature_of, landscapes_of
 from robustflat.errors import UserError
 from robustflat.evaluation.rows import Row
 from robustflat.loggers.jsonl import read_jsonl
@@ -77,6 +78,8 @@ def read_record(
         provenance=provenance,
         warnings=tuple(warnings_of(rows)),
         early_stopped=STOPPED if any(row["checkpoint"] == STOPPED for row in rows) else "",
+        curvature=curvature_of(rows, "last"),
+        landscapes=landscapes_of(folder, str(part or noted.get("part") or "last").replace("model", "last")),
     )
 
 

@@ -1,0 +1,54 @@
+"""What a run folder holds of the neighbourhood of its weights besides flatness: curvature and landscapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustflat.apps.collect import RESULTS
+from robustflat.apps.landscape_summary import stored_landscape
+from robustflat.errors import DataError
+from robustflat.evaluation.rows import Row
+from robustflat.flatness.landscape_result import LandscapeResult
+from robustflat.store.results import ResultStore
+
+_VALUES = {"lambda_max": "value", "non_convexity": "non_convexity", "trace": "trace", "frobenius": "frobenius"}
+"""Metric of a row -> key of `RunRecord.curvature`."""
+
+
+def curvature_of(rows: Sequence[Row], checkpoint: str) -> dict[str, Any]:
+    """Ends of the Hessian's spectrum of a checkpoint, of the clean loss where that was measured; empty if none was.
+
+    Args:
+        rows: tidy rows of a run.
+        checkpoint: such as "last".
+    """
+    found = [row for row in rows if row["kind"] == "hessian" and row["checkpoint"] == checkpoint]
+    if not found:
+        return {}
+    names = list(dict.fromkeys(str(row["measure"]) for row in found))
+    name = "clean" if "clean" in names else names[0]
+    chosen = [row for row in found if row["measure"] == name]
+    values = {_VALUES[row["metric"]]: float(row["value"]) for row in chosen if row["metric"] in _VALUES}
+    about = {"loss": name, "examples": chosen[0].get("count"), "precision": chosen[0].get("precision", "")}
+    return {**values, "curvature": "hessian", **about}
+
+
+def landscapes_of(folder: Path, checkpoint: str) -> dict[str, LandscapeResult]:
+    """Losses along lines through a checkpoint's weights by the name of the landscape; damaged ones are left out.
+
+    Args:
+        folder: of the run.
+        checkpoint: such as "last".
+    """
+    store = ResultStore(folder / RESULTS)
+    found: dict[str, LandscapeResult] = {}
+    try:
+        for name in store.names():
+            attributes = store.attributes(name) if name.startswith(f"{checkpoint}/") else {}
+            if attributes.get("kind") == "landscape" and attributes.get("shape") == "lines":
+                found[name.rsplit("/", 1)[1]] = stored_landscape(store, name)
+    except DataError:  # the rows of the same file, read before, have said so
+        return found
+    return found
