@@ -46,6 +46,11 @@ def ledger_of(folder: Path) -> pd.DataFrame:
 
 
 def _line(phase: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {name: entry.get(name, float("nan")) for name in LEDGER_COLUMNS if name != "phase"}
+    # A landscape's "images" says in words what its images are.
+    numbers = {name: _number(entry.get(name)) for name in LEDGER_COLUMNS if name != "phase"}
     seconds, images = numbers["seconds"], numbers["images"]
     return {**numbers, "phase": phase, "images_per_second": images / seconds if seconds > 0 else float("nan")}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

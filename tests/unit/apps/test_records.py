@@ -262,3 +262,12 @@ def test_two_runs_are_compared_or_it_is_said_that_there_are_not_two(tmp_path):
     run = make_run(tmp_path / "a" / "b")
     with pytest.raises(UserError, match="compare takes two runs"):
         comparison([run])
+
+
+def test_a_landscape_that_says_in_words_what_its_images_are_does_not_spoil_the_ledger(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "digits-at" / "0a1b2c3d")
+    about = {"kind": "landscape", "images": "attacked anew", "seconds": 2.0, "shape": "plane", KEY: "abc"}
+    ResultStore(folder / "results.h5").write("last/test[:4]/landscape/random", {"losses": np.ones((2, 2))}, about)
+    ledger = read_record(folder).ledger.set_index("phase")
+    assert ledger.loc["last/test[:4]/landscape/random", "seconds"] == 2.0
+    assert math.isnan(ledger.loc["last/test[:4]/landscape/random", "images"])
