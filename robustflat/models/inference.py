@@ -308,12 +308,19 @@ def _fold_(linear: Linear, norm: BatchNorm) -> None:
     linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
-class _ThenHalf(nn.Module):
-    """A layer kept in float32 whose output goes on in half precision."""
+class KeptInFloat(nn.Module):
+    """A layer that stays in float32 inside a half-precision network."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+
+
+class _ThenHalf(KeptInFloat):
+    """The first such layer: its output goes on in half precision."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(layer)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,12 +328,8 @@ class _ThenHalf(nn.Module):
         return output.to(self.dtype)
 
 
-class _InFloat(nn.Module):
-    """A layer kept in float32 behind layers in half precision."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+class _InFloat(KeptInFloat):
+    """A later one, behind layers in half precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.layer(x.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustflat.models.inference import BatchNorm, InferenceModel, Linear, rewrite, scale_and_shift
+from robustflat.models.inference import BatchNorm, InferenceModel, KeptInFloat, Linear, rewrite, scale_and_shift
 
 
 class Mirror:
@@ -72,4 +72,4 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The layer itself, where a bf16 copy keeps it in float32 inside a wrapper."""
-    return module.layer if hasattr(module, "layer") and module.__class__.__module__.endswith("inference") else module  # type: ignore[return-value]
+    return module.layer if isinstance(module, KeptInFloat) else module

@@ -24,13 +24,18 @@ _COLUMNS = {
 def models_table(study: Study) -> pd.DataFrame:
     """Labels, numbers of seeds, and figures as text "mean ± standard error", on test examples; lowest RErr first.
 
-    The error is over seeds, or, with one seed, that of the evaluation. A column that no run has is left out.
+    The error is over seeds, or, with one seed, that of the evaluation. A cell is empty unless all seeds have the
+    number; a column that no run has is left out.
 
     Args:
         study: question and runs.
     """
     pool = Pool(study)
-    frame = model_frame(study, run_frame(pool, list(quantities(pool).values())))
+    runs = run_frame(pool, list(quantities(pool).values()))
+    frame = model_frame(study, runs)
+    for key in [key for key in _COLUMNS if key in frame]:
+        known = frame["label"].map(runs.groupby("label")[key].count())
+        frame.loc[known < frame["seeds"], key] = math.nan
     if "robust_error" in frame:
         frame = frame.sort_values("robust_error", kind="stable", ignore_index=True)
     made: dict[str, list[object]] = {"model": list(frame["label"]), "seeds": list(frame["seeds"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,3 +25,10 @@ def test_means_over_seeds_with_their_standard_errors_lowest_robust_error_first()
 
 def test_no_runs_give_an_empty_table() -> None:
     assert models_table(Study(title="", question="", runs=[])).empty
+
+
+def test_a_number_that_some_seed_lacks_is_not_a_mean_over_the_seeds() -> None:
+    whole, part = record("a", "A", 0, 0.5, 1.0), record("a", "A", 1, 0.5, 1.2)
+    part = replace(part, table=part.table[part.table["checkpoint"] == "last"])
+    runs = [replace(r, table=r.table[r.table["metric"] != "robust_error"]) if r is part else r for r in (whole, part)]
+    assert list(models_table(Study(title="", question="", runs=runs))["RErr (%)"]) == [""]
