@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from robustflat.apps.build import build, choose_device
-from robustflat.apps.check import check
+from robustflat.apps.check import check, refuse
 from robustflat.apps.config import config_folder, register
 from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
@@ -142,7 +142,7 @@ def dataset_of(overrides: Sequence[str]) -> Dataset:
         raise UserError("say which data: dataset=<choice>.")
     config.device = choose_device(config.device)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
-    _require_sound(OmegaConf.masked_copy(config, ["dataset", "device", "data_root"]))
+    refuse(check(OmegaConf.masked_copy(config, ["dataset", "device", "data_root"])))
     dataset: Dataset = build(config.dataset)
     return dataset
 
@@ -334,15 +334,9 @@ _CONVERTERS = {
 
 def _built(node: Mapping[str, Any]) -> nn.Module:
     config = OmegaConf.create({"model": dict(node)})
-    _require_sound(config)
+    refuse(check(config))
     model: nn.Module = build(config.model)
     return model
-
-
-def _require_sound(config: DictConfig) -> None:
-    problems = check(config)
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def _composed(overrides: list[str]) -> DictConfig:
