@@ -46,9 +46,9 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's share of `items`: every size-th one, so that shares differ by one item at most.
+        """Every size-th of `items`, beginning with this rank's number; shares differ by one item at most.
 
-        A batch is shared so too (`x[rank::size]`): the first half of a share then belongs to the first half of the batch.
+        A batch is shared so too (`x[rank::size]`): the first half of a share belongs to the batch's first half.
         """
         return items[self.rank :: self.size]
 
@@ -132,8 +132,8 @@ def joined() -> Iterator[Ranks]:
         local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= cards:
             raise UserError(
-                f"torchrun started more processes than this machine has cards ({cards}). Give --nproc-per-node {cards}, "
-                "or hide the cards with CUDA_VISIBLE_DEVICES= to run on the processor."
+                f"torchrun started more processes than this machine has cards ({cards}). Give --nproc-per-node "
+                f"{cards}, or hide the cards with CUDA_VISIBLE_DEVICES= to run on the processor."
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
