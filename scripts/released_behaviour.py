@@ -6,8 +6,7 @@ which nobody should train with, are the small classes here.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustflat.attacks.objectives import kl_divergence
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels
 from robustflat.data.augment import Flip, PadCrop, PadResize
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.adversarial_weights import AdversarialWeights
+from robustflat.gradients.clipped import ClippedEntries
 from robustflat.gradients.entropy_sgd import EntropySgd
 from robustflat.gradients.plain import Plain
 from robustflat.losses.base import TrainingLoss, error_rate
@@ -33,8 +32,8 @@ from robustflat.models.resnet import resnet18
 from robustflat.training.callbacks import Callback, ClipWeights, WeightAverage
 from robustflat.training.optimizers import sgd
 from robustflat.training.schedules import constant, cyclic, multistep
-from robustflat.training.trainer import GradientRule, Trainer
-from robustflat.types import AdvBatch, Attack, Batch, Forward, Found, LossTerms, Objective
+from robustflat.training.trainer import GradientRule
+from robustflat.types import AdvBatch, Attack, Forward, Found, LossTerms, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +65,8 @@ class Setup:
         clip_norms: clip scales and shifts of batch norm too.
         clip_when: "after_step" or "before_scoring".
         average: decay of a weight average, which is then what is evaluated; 0: none.
-        average_statistics: batch norm's in the average, "averaged" or "copied".
-        average_twice: one more update at the beginning of each epoch.
+        average_statistics: batch norm's in the average, "average" or "copy".
+        average_twice: one more update between two epochs.
     """
 
     attack_seed: int = 0
@@ -95,7 +94,7 @@ class Setup:
     clip_norms: bool = False
     clip_when: str = "after_step"
     average: float = 0.0
-    average_statistics: str = "averaged"
+    average_statistics: str = "average"
     average_twice: bool = False
 
 
@@ -118,21 +117,6 @@ class SwappedShares(CrossEntropy):
         share = clean / len(losses)
         total = (1 - share) * losses[:clean].mean() + share * losses[clean:].mean()
         return LossTerms(total, {"loss": total.detach(), "error": error_rate(logits, batch.y)})
-
-
-def batch_divergence(logits: Tensor, y: Tensor) -> Tensor:
-    """The summed divergence of the batch, a B-th of it given to each example, (B,): the gradient stays the same."""
-    values = kl_divergence(logits, y)
-    return values.mean().expand(len(values))
-
-
-class BatchwiseTrades(Trades):
-    """TRADES whose attack keeps one iterate for the whole batch, as a summed divergence cannot tell examples apart."""
-
-    def objective(self, model: nn.Module, batch: Batch) -> tuple[Objective | None, Tensor]:
-        """As in `Trades`, with `batch_divergence`."""
-        _, probabilities = super().objective(model, batch)
-        return batch_divergence, probabilities
 
 
 class TrainModePass:
@@ -167,25 +151,6 @@ class TrainModePass:
         return found._replace(x_adv=torch.where(wrong, x, found.x_adv))
 
 
-class ClippedGradient:
-    """The plain gradient with each entry cut to [-limit, limit]: what the released AWP with one step comes to.
-
-    Args:
-        limit: > 0.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def __call__(
-        self, model: nn.Module, next_batch: Callable[[], AdvBatch], loss: Callable[[AdvBatch], LossTerms]
-    ) -> Mapping[str, Tensor]:
-        """See `trainer.GradientRule`."""
-        parts = Plain()(model, next_batch, loss)
-        nn.utils.clip_grad_value_(model.parameters(), self.limit)
-        return parts
-
-
 class LoggedBatch(EntropySgd):
     """Entropy-SGD that scores a batch at w first, whose gradient is not used."""
 
@@ -198,99 +163,19 @@ class LoggedBatch(EntropySgd):
         return super().__call__(model, next_batch, loss)
 
 
-class ReleasedAverage(WeightAverage):
-    """Weight average with the released code's two peculiarities.
-
-    Args:
-        decay: tau.
-        copied: take batch norm's statistics from the last weights.
-        twice: update twice after the first step of an epoch.
-    """
-
-    def __init__(self, decay: float, *, copied: bool, twice: bool) -> None:
-        super().__init__(decay=decay)
-        self.copied, self.twice = copied, twice
-
-    def after_step(self, trainer: Trainer) -> None:
-        """Update, maybe twice."""
-        for _ in range(2 if self.twice and trainer.step % len(trainer.data) == 1 else 1):
-            super().after_step(trainer)
-
-    def averaged_model(self, trainer: Trainer) -> nn.Module:
-        """See `WeightAverage`."""
-        model = super().averaged_model(trainer)
-        if self.copied:
-            live = dict(trainer.model.named_buffers())
-            for name, buffer in model.named_buffers():
-                buffer.copy_(live[name])
-        return model
-
-
-class ClipBeforeScoring(CrossEntropy):
-    """Clips the weights after the attack and before the pass that trains; the attack sees them as the step left them.
-
-    Args:
-        maximum: largest weight.
-        norm_layers: also batch norm's scales and shifts.
-    """
-
-    def __init__(self, maximum: float, *, norm_layers: bool) -> None:
-        super().__init__()
-        self.clip = ClipWeights(maximum=maximum, norm_layers=norm_layers)
-
-    def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
-        """Clip, then score."""
-        clip_now(self.clip, model)
-        return super().__call__(model, batch, generator)
-
-
-class ClipAtEpochEnds(Callback):
-    """Clips the weights where the released code tests them.
-
-    Args:
-        clip: how.
-    """
-
-    def __init__(self, clip: ClipWeights) -> None:
-        self.clip = clip
-
-    def after_epoch(self, trainer: Trainer) -> None:
-        """Clip."""
-        clip_now(self.clip, trainer.model)
-
-
-def clip_now(clip: ClipWeights, model: nn.Module) -> None:
-    """Clip a model's weights as the callback `clip` would after a step."""
-    from robustflat.models.modes import perturbable
-
-    with torch.no_grad():
-        for weight in perturbable(model, norm_layers=clip.norm_layers).values():
-            weight.clamp_(-clip.maximum, clip.maximum)
-
-
-class ClampedHead(nn.Sequential):
-    """A rotation head behind a clamp of its features to [0, 1]."""
-
-    is_auxiliary = True
-
-
 def network(setup: Setup, *, channels: int, mean: tuple[float, ...], std: tuple[float, ...], classes: int) -> nn.Module:
     """ResNet-18 with batch norm of scale 1 + weight; its weights are drawn from torch's own generator."""
-    model = resnet18(
+    return resnet18(
         classes=classes,
         in_channels=len(mean),
         channels=channels,
         norm="rebn",
         activation=setup.activation,
         zero_residuals=setup.zero_residuals,
-        auxiliary=setup.loss == "rotation",
+        auxiliary="clamped" if setup.head_clamp else setup.loss == "rotation",
         mean=mean,
         std=std,
     )
-    if setup.head_clamp:
-        assert model.auxiliary is not None
-        model.auxiliary = ClampedHead(OrderedDict(clamp=nn.Hardtanh(0.0, 1.0), head=model.auxiliary))
-    return model
 
 
 def attack(setup: Setup, steps: int) -> Attack:
@@ -309,22 +194,15 @@ def augmentations(setup: Setup) -> dict[str, Any]:
     return {"place": placed, "flip": Flip()}
 
 
-def loss(setup: Setup, channels: int) -> TrainingLoss:
+def loss(setup: Setup) -> TrainingLoss:
     """How a batch is crafted and scored."""
     if setup.loss == "trades":
-        return Trades() if setup.best_iterate == "per_example" else BatchwiseTrades()
+        return Trades(best_iterate=setup.best_iterate)
     if setup.loss == "rotation":
         return Rotation(weight=1.0)
     if setup.shares == "swapped":
         return SwappedShares(setup.fraction)
-    if setup.clip and setup.clip_when == "before_scoring":
-        return ClipBeforeScoring(maximum(setup, channels), norm_layers=setup.clip_norms)
     return CrossEntropy(label_smoothing=setup.smoothing, label_smoothing_target=setup.smoothing_target)
-
-
-def maximum(setup: Setup, channels: int) -> float:
-    """Largest weight when clipping: with the width grows the share of the initial weights that it cuts."""
-    return setup.clip / channels**0.5
 
 
 def gradient(setup: Setup) -> GradientRule:
@@ -332,7 +210,7 @@ def gradient(setup: Setup) -> GradientRule:
     if setup.gradient == "awp":
         return AdversarialWeights(WeightBall(0.01, 2.0, "layer", True))
     if setup.gradient == "clipped":
-        return ClippedGradient(0.05)
+        return ClippedEntries(Plain(), maximum=0.05)
     if setup.gradient == "entropy_sgd":
         rule = LoggedBatch if setup.extra_batch else EntropySgd
         return rule(inner_steps=2, gamma_growth=setup.gamma_growth)
@@ -355,9 +233,10 @@ def callbacks(setup: Setup, channels: int) -> dict[str, Callback]:
     """Clipping and averaging."""
     made: dict[str, Callback] = {}
     if setup.clip:
-        clip = ClipWeights(maximum=maximum(setup, channels), norm_layers=setup.clip_norms)
-        made["clip"] = clip if setup.clip_when == "after_step" else ClipAtEpochEnds(clip)
+        largest = setup.clip / channels**0.5  # with the width grows the share of the initial weights that it cuts
+        made["clip"] = ClipWeights(maximum=largest, norm_layers=setup.clip_norms, timing=setup.clip_when)
     if setup.average:
-        copied = setup.average_statistics == "copied"
-        made["average"] = ReleasedAverage(setup.average, copied=copied, twice=setup.average_twice)
+        made["average"] = WeightAverage(
+            decay=setup.average, batch_norm=setup.average_statistics, twice_per_epoch=setup.average_twice
+        )
     return made

@@ -104,7 +104,7 @@ PAIRS = {
         "clipped before scoring, not after the step", {"clip_when": ("after_step", "before_scoring")}, clip=0.08
     ),
     "averaging_statistics": _pair(
-        "batch-norm statistics of the last weights", {"average_statistics": ("averaged", "copied")}, average=0.98
+        "batch-norm statistics of the last weights", {"average_statistics": ("average", "copy")}, average=0.98
     ),
     "averaging_twice": _pair("one update more per epoch", {"average_twice": (False, True)}, average=0.98),
     "cyclic": _pair("always one cycle", {"cycles": (4, 1)}, schedule="cyclic"),
@@ -233,7 +233,7 @@ def make_trainer(setup: Setup, seed: int, protocol: Protocol, dataset: Dataset) 
     return Trainer(
         model=model,
         data=CountedSteps(stream, protocol.steps // EPOCHS),
-        loss=behaviour.loss(setup, channels),
+        loss=behaviour.loss(setup),
         attack=behaviour.attack(setup, protocol.attack_steps),
         gradient=behaviour.gradient(setup),
         make_optimizer=behaviour.optimizer(setup),
