@@ -137,12 +137,16 @@ def run_id(config: DictConfig) -> str:
     return digest(identity(config))
 
 
+MEMORY = "memory_budget"
+"""Key of options that bound memory: they change speed alone."""
+
 _NUMBER = re.compile(r"\d+(e\d+)?")
 
 
 def digest(value: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of a JSON-able mapping, independent of the order of keys and of 1 being written 1.0.
 
+    Bounds on memory (keys `memory_budget`) do not count: they decide no result.
     They never look like a number: Hydra reads run=823e4291 as infinity, and run=00123456 as 123456.
     """
     text = json.dumps(_canonical(value), sort_keys=True, default=str)
@@ -153,7 +157,7 @@ def digest(value: Mapping[str, Any]) -> str:
 
 def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _canonical(v) for k, v in value.items()}
+        return {str(k): _canonical(v) for k, v in value.items() if k != MEMORY}
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

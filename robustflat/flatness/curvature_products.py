@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 from robustflat.attacks.judging import held_still
 from robustflat.errors import UserError, require_one_of
+from robustflat.flatness.graphs import Graph, KeptGraphs
+from robustflat.memory import MemoryBudget
+from robustflat.models.double_backward import DoubleBackward
 from robustflat.models.folded import WeightsForward, folded_forward
 from robustflat.models.precision import exact_float32
 from robustflat.rng import generator_for
@@ -20,15 +22,6 @@ from robustflat.types import Batch, Weights
 CURVATURES = ("hessian", "gauss_newton", "fisher", "empirical_fisher")
 REDUCTIONS = ("mean", "sum_over_batches")
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
-
-
-class _Graph(NamedTuple):
-    """One batch, differentiated once: the weights as leaves, logits (B, K), and d loss / d weights with graph."""
-
-    leaves: list[Tensor]
-    logits: Tensor
-    labels: Tensor
-    gradient: list[Tensor]
 
 
 class CurvatureProducts:
@@ -44,8 +37,10 @@ class CurvatureProducts:
     The model itself does not change: a copy in the wanted precision is differentiated, with batch norms folded
     into the layers before them (differentiably, see `folded_forward`) where that leaves the logits alone.
 
-    Several vectors at once share the forward and first backward pass; with a single batch the graph of these is kept
-    between calls, which takes no more memory than a call needs anyway. Call `release` when done.
+    Several vectors at once share the forward and first backward pass. The graphs of these are kept between calls, for
+    as many batches as fit `memory_budget`. In convolutions and ReLUs (see `DoubleBackward`), a product then costs the
+    arithmetic of 2 gradients, and 3 for a batch whose graph is not kept; 4/3 and 7/3 for the other curvatures. A graph
+    takes the activations of the forward pass once or twice. Call `release` when done.
 
     Args:
         model: images -> logits; run in eval mode.
@@ -55,6 +50,8 @@ class CurvatureProducts:
         reduction: "mean" over all examples, or "sum_over_batches" of the batches' means, as released by Stutz et al.
         precision: "fp32" or "fp64".
         seed: of the labels drawn for "fisher".
+        memory_budget: for graphs that are kept, in MiB; "auto": half of the free memory; `None`: no bound. It changes
+            no number. A single batch's graph is kept in any case, since a call takes that memory anyway.
 
     Raises:
         UserError: if an option is unknown, or there is no batch.
@@ -70,6 +67,7 @@ class CurvatureProducts:
         reduction: str = "mean",
         precision: str = "fp32",
         seed: int = 0,
+        memory_budget: MemoryBudget = "auto",
     ) -> None:
         require_one_of("curvature", curvature, CURVATURES)
         require_one_of("reduction", reduction, REDUCTIONS)
@@ -85,9 +83,10 @@ class CurvatureProducts:
         self.device = self.batches[0].x.device
         total = sum(len(batch.y) for batch in self.batches)
         self._shares = [len(b.y) / total if reduction == "mean" else 1.0 for b in self.batches]
-        self._leaves = {name: w.detach().to(self.dtype, copy=True) for name, w in self._chosen(model).items()}
+        chosen = [w.detach().to(self.dtype, copy=True) for w in self._chosen(model)]
+        self._leaves = [w.requires_grad_() for w in chosen]
         self._forward = self._made_forward(model)
-        self._kept: _Graph | None = None
+        self._kept = KeptGraphs(len(self.batches), memory_budget, self.device)
         self.count = 0
         """Products computed so far, one per vector."""
 
@@ -115,7 +114,12 @@ class CurvatureProducts:
         result = torch.zeros(self.dimension, dtype=self.dtype, device=self.device)
         with held_still(self.model), exact_float32(self.device), torch.enable_grad():
             for index, share in enumerate(self._shares):
-                result.add_(self._flat(self._graph(index).gradient).detach(), alpha=share)
+                graph = self._graph(index)
+                slopes = graph.slopes
+                if graph.pulled is not None:  # not those of the loss
+                    loss = F.cross_entropy(graph.logits, graph.labels)
+                    slopes = torch.autograd.grad(loss, self._leaves, retain_graph=True, materialize_grads=True)
+                result.add_(self._flat(slopes).detach(), alpha=share)
         return result
 
     def named(self, vector: Tensor) -> Weights:
@@ -128,12 +132,12 @@ class CurvatureProducts:
         return torch.cat([weights[name].reshape(-1).to(self.device, self.dtype) for name in self.names])
 
     def release(self) -> None:
-        """Forget the graph kept between calls."""
-        self._kept = None
+        """Forget the graphs kept between calls."""
+        self._kept.clear()
 
-    def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
+    def _chosen(self, model: nn.Module) -> list[Tensor]:
         known = dict(model.named_parameters(remove_duplicate=False))
-        return {name: known[name] for name in self.names}
+        return [known[name] for name in self.names]
 
     def _made_forward(self, model: nn.Module) -> WeightsForward:
         """The network as a function of the weights, in this object's precision."""
@@ -144,36 +148,33 @@ class CurvatureProducts:
         with held_still(network), exact_float32(self.device):
             return folded_forward(network, self.batches[0].x[:2])
 
-    def _graph(self, index: int) -> _Graph:
-        if self._kept is not None:
-            return self._kept
-        leaves = [self._leaves[name].clone().requires_grad_() for name in self.names]
-        x, y = self.batches[index]
-        logits = self._forward(dict(zip(self.names, leaves, strict=True)), x)
-        loss = F.cross_entropy(logits, y)
-        gradient = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        graph = _Graph(leaves, logits, y, list(gradient))
-        if len(self.batches) == 1:
-            self._kept = graph
-        return graph
+    def _graph(self, index: int) -> Graph:
+        return self._kept.get(index, lambda: self._made_graph(index))
 
-    def _product(self, graph: _Graph, vector: Tensor, index: int) -> Tensor:
-        directions = [
-            part.view(shape) for part, shape in zip(torch.split(vector, self.sizes), self.shapes, strict=True)
-        ]
-        if self.curvature == "hessian":
-            return self._pulled_back(graph.gradient, directions, graph.leaves)
+    def _made_graph(self, index: int) -> Graph:
+        x, y = self.batches[index]
+        jacobian = self.curvature != "hessian"
+        with DoubleBackward(by_slopes=jacobian):
+            logits = self._forward(dict(zip(self.names, self._leaves, strict=True)), x)
         # Pull back a dummy, then differentiate by it: that is J v, with backward passes alone.
-        dummy = torch.zeros_like(graph.logits, requires_grad=True)
-        back = torch.autograd.grad(graph.logits, graph.leaves, dummy, create_graph=True, materialize_grads=True)
-        push = torch.zeros_like(dummy)
-        pairs = [(b, d) for b, d in zip(back, directions, strict=True) if b.requires_grad]
+        pulled = torch.zeros_like(logits, requires_grad=True) if jacobian else None
+        value = logits if jacobian else F.cross_entropy(logits, y)
+        slopes = torch.autograd.grad(value, self._leaves, pulled, create_graph=True, materialize_grads=True)
+        return Graph(logits, y, slopes, pulled)
+
+    def _product(self, graph: Graph, vector: Tensor, index: int) -> Tensor:
+        directions = list(self.named(vector).values())
+        if graph.pulled is None:
+            return self._pulled_back(graph.slopes, directions)
+        push = torch.zeros_like(graph.pulled)
+        pairs = [(s, d) for s, d in zip(graph.slopes, directions, strict=True) if s.requires_grad]
         if pairs:
-            push = torch.autograd.grad([b for b, _ in pairs], dummy, [d for _, d in pairs], retain_graph=True)[0]
-        return self._pulled_back([graph.logits], [self._in_logits(graph, push, index)], graph.leaves)
+            outputs, along = zip(*pairs, strict=True)
+            push = torch.autograd.grad(outputs, graph.pulled, along, retain_graph=True)[0]
+        return self._pulled_back([graph.logits], [self._in_logits(graph, push, index)])
 
     @torch.no_grad()
-    def _in_logits(self, graph: _Graph, push: Tensor, index: int) -> Tensor:
+    def _in_logits(self, graph: Graph, push: Tensor, index: int) -> Tensor:
         """Curvature of the batch's mean loss in the logits, times `push` (B, K)."""
         p = graph.logits.softmax(dim=1)
         if self.curvature == "gauss_newton":
@@ -185,13 +186,13 @@ class CurvatureProducts:
         slope = p - F.one_hot(labels, p.shape[1]).to(p)
         return slope * (slope * push).sum(dim=1, keepdim=True) / len(p)
 
-    def _pulled_back(self, outputs: list[Tensor], vectors: list[Tensor], leaves: list[Tensor]) -> Tensor:
-        """Sum over outputs of vector^T d output / d leaves, (n,)."""
+    def _pulled_back(self, outputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+        """Sum over outputs of vector^T d output / d weights, (n,)."""
         pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
         if not pairs:
             return torch.zeros(self.dimension, dtype=self.dtype, device=self.device)
         pulled = torch.autograd.grad(
-            [o for o, _ in pairs], leaves, [v for _, v in pairs], retain_graph=True, materialize_grads=True
+            [o for o, _ in pairs], self._leaves, [v for _, v in pairs], retain_graph=True, materialize_grads=True
         )
         return self._flat(pulled)
 

@@ -15,6 +15,7 @@ from robustflat.flatness.directions import ascent_direction, loss_and_gradient, 
 from robustflat.flatness.lanczos import Lanczos
 from robustflat.flatness.subject import Subject
 from robustflat.geometry.weight_ball import WeightBall
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.rng import generator_for
 from robustflat.store.results import KEY, ResultStore
 from robustflat.types import Batch, Weights
@@ -97,15 +98,25 @@ class HessianDirections:
         end: "top" (largest eigenvalues) or "bottom" (smallest).
         precision: "fp32" or "fp64".
         lanczos: tolerance, limit and memory; `None`: `Lanczos(tolerance=1e-3)`.
+        memory_budget: for what is kept between products, as for `HessianSpectrum`.
 
     Raises:
-        UserError: for another end or precision.
+        UserError: for another end or precision, or what is no budget.
     """
 
-    def __init__(self, end: str = "top", *, precision: str = "fp32", lanczos: Lanczos | None = None) -> None:
+    def __init__(
+        self,
+        end: str = "top",
+        *,
+        precision: str = "fp32",
+        lanczos: Lanczos | None = None,
+        memory_budget: MemoryBudget = "auto",
+    ) -> None:
+        require_memory_budget(memory_budget)
         require_one_of("end", end, ("top", "bottom"))
         require_one_of("precision", precision, PRECISIONS)
         self.end, self.precision, self.lanczos = end, precision, lanczos or Lanczos(tolerance=1e-3)
+        self.memory_budget = memory_budget
 
     def __call__(self, found: Subject, examples: Examples, *, count: int, seed: int) -> list[Weights]:
         """See `DirectionSource`.
@@ -114,7 +125,14 @@ class HessianDirections:
             UserError: if the eigenvectors have not converged.
         """
         batches = examples()
-        products = CurvatureProducts(found.model, batches, found.weights, precision=self.precision, seed=seed)
+        products = CurvatureProducts(
+            found.model,
+            batches,
+            found.weights,
+            precision=self.precision,
+            seed=seed,
+            memory_budget=self.memory_budget,
+        )
         generator = generator_for(seed, "lanczos", device=products.device)
         start = torch.randn(products.dimension, generator=generator, dtype=products.dtype, device=products.device)
         wanted = {"top": count, "bottom": 0} if self.end == "top" else {"top": 0, "bottom": count}

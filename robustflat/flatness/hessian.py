@@ -18,6 +18,7 @@ from robustflat.flatness.reference import drawn_seed
 from robustflat.flatness.spectrum_result import SpectralDensity, SpectrumResult
 from robustflat.flatness.subject import Subject, subject
 from robustflat.flatness.trace import ESTIMATORS, TraceEstimates, signs, trace_estimates
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch
 
@@ -36,7 +37,7 @@ class HessianSpectrum:
     >>> print(result)  # doctest: +SKIP
 
     Cost: about 20 to 200 products for the ends, `trace_products` for the trace, and `density_steps` per probe of the
-    density; each costs somewhat more than two gradients over all examples.
+    density; each costs about two gradients over all examples, or three for batches that `memory_budget` excludes.
 
     Args:
         top, bottom: how many of the largest and smallest eigenvalues, >= 0.
@@ -52,6 +53,8 @@ class HessianSpectrum:
         norm_layers: include the parameters of normalisation layers.
         biases: include biases.
         seed: of all draws, >= 0.
+        memory_budget: for what is kept between products, in MiB; "auto": half of the free memory; `None`: no bound.
+            With enough for all batches a product costs 2 gradients instead of 3; no number depends on it.
 
     Raises:
         UserError: if an option is unknown or out of range.
@@ -74,7 +77,9 @@ class HessianSpectrum:
         norm_layers: bool = False,
         biases: bool = True,
         seed: int = 0,
+        memory_budget: MemoryBudget = "auto",
     ) -> None:
+        require_memory_budget(memory_budget)
         for name, value in (("top", top), ("bottom", bottom), ("density_probes", density_probes), ("seed", seed)):
             require_range(name, value, low=0)
         require_one_of("trace_estimator", trace_estimator, ESTIMATORS)
@@ -90,6 +95,7 @@ class HessianSpectrum:
         self.density_probes, self.density_steps = density_probes, density_steps
         self.curvature, self.precision, self.reduction = curvature, precision, reduction
         self.attack, self.norm_layers, self.biases, self.seed = attack, norm_layers, biases, seed
+        self.memory_budget = memory_budget
 
     def __call__(self, model: nn.Module, images: Array, labels: Array, *, batch_size: int = 128) -> SpectrumResult:
         """Measure on images (N, C, H, W) and labels (N,); `batch_size` bounds memory; see `measure`.
@@ -154,6 +160,7 @@ class HessianSpectrum:
             reduction=self.reduction,
             precision=self.precision,
             seed=seed,
+            memory_budget=self.memory_budget,
         )
 
     def _ends(self, products: CurvatureProducts, like: Tensor, seed: int) -> Ends:

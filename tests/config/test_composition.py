@@ -123,6 +123,10 @@ def test_whole_numbers_are_one_run_with_and_without_a_point(compose):
     assert digest({"a": True}) != digest({"a": 1})
 
 
+def test_bounds_on_memory_decide_no_result_and_change_no_name():
+    assert digest({"a": {"top": 3, "memory_budget": 100}}) == digest({"a": {"top": 3}})
+
+
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
 

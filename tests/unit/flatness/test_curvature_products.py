@@ -163,14 +163,37 @@ def test_one_vector_has_the_shape_it_came_with_and_the_model_is_untouched() -> N
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_products_are_the_same_with_and_without_the_kept_graph() -> None:
-    model = smooth_net()
-    x, y = examples(4, torch.float64)
-    products = CurvatureProducts(model, [Batch(x, y)], perturbable(model), precision="fp64")
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "fisher"])
+@pytest.mark.parametrize("budget", ["auto", None, 0, 0.025], ids=str)
+def test_products_are_the_same_to_the_last_bit_whatever_is_kept(curvature: str, budget: float | str | None) -> None:
+    model, parts = smooth_net(), batches()
+    options = {"curvature": curvature, "precision": "fp64"}
+    products = CurvatureProducts(model, parts, perturbable(model), memory_budget=budget, **options)
     vector = torch.randn(products.dimension, dtype=torch.float64)
     first, second = products(vector), products(vector)
     products.release()
-    assert torch.equal(first, second) and torch.equal(first, products(vector))
+    assert torch.equal(first, second)
+    assert torch.equal(first, products(vector))
+    assert torch.equal(first, CurvatureProducts(model, parts, perturbable(model), **options)(vector))
+
+
+@pytest.mark.parametrize("norm_layers", [False, True])
+def test_with_relus_it_is_the_hessian_of_the_piece_that_the_weights_lie_in(norm_layers: bool) -> None:
+    model, parts = convnet(dtype=torch.float64), batches()
+    weights = perturbable(model, norm_layers=norm_layers)
+    ours = matrix_of(CurvatureProducts(model, parts, weights, precision="fp64"))
+    assert torch.allclose(ours, dense_hessian(model, *joined(parts), list(weights)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_the_gradient_is_that_of_the_loss_for_any_curvature(curvature: str) -> None:
+    model, parts = convnet(dtype=torch.float64), batches()
+    weights = perturbable(model)
+    ours = CurvatureProducts(model, parts, weights, precision="fp64", curvature=curvature).gradient()
+    x, y = joined(parts)
+    wanted = [dict(model.named_parameters())[n] for n in weights]
+    exact = torch.autograd.grad(F.cross_entropy(model(x), y), wanted)
+    assert torch.allclose(ours, torch.cat([g.flatten() for g in exact]), rtol=1e-10, atol=1e-13)
 
 
 def test_names_and_vectors_convert_both_ways() -> None:
