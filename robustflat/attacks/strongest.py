@@ -11,6 +11,7 @@ from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
 from robustflat.errors import UserError, require_one_of
 from robustflat.models.inference import PRECISIONS, rewrite
+from robustflat.models.mirror import Mirror
 from robustflat.models.precision import exact_float32
 from robustflat.types import Attack
 
@@ -60,7 +61,7 @@ def strongest(
     restarts: int = 1,
     select: str = "cross_entropy",
     generator: torch.Generator | None = None,
-    search: str = "plain",
+    search: str | SearchCopy = "plain",
 ) -> Strongest:
     """Run an attack `restarts` times and keep, per example, the strongest result; ties keep the earlier one.
 
@@ -71,13 +72,14 @@ def strongest(
         restarts: number of runs, >= 1.
         select: one of `SELECT`.
         generator: source of the attack's draws, on the images' device.
-        search: one of `SEARCHES`; a rewritten copy is faster, and the plain model judges in every case.
+        search: one of `SEARCHES`, or a `SearchCopy` of the model for many calls; a rewritten copy is faster, and the
+            plain model judges in every case.
 
     Returns:
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
     """
     best: Strongest | None = None
-    searched = search_model(model, x, search)
+    searched = search_model(model, x, search) if isinstance(search, str) else search(x)
     for _ in range(restarts):
         x_adv = attack(searched, x, y, generator=generator).x_adv.detach()
         new = Strongest(x_adv, judged_logits(model, x_adv))
@@ -88,6 +90,39 @@ def strongest(
         best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
     assert best is not None, "restarts is at least 1"
     return best
+
+
+class SearchCopy:
+    """`search_model` again and again for one model whose weights move in between: an fp32 copy is made only once.
+
+    What it finds is to the bit what a copy made anew finds, but for models that some weights keep from being folded.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits; the copy takes over weights and statistics at every call.
+        search: one of `SEARCHES`.
+
+    Raises:
+        UserError: for another `search`.
+    """
+
+    def __init__(self, model: nn.Module, search: str) -> None:
+        require_one_of("search", search, SEARCHES)
+        self._model, self._search = model, search
+        self._mirror: Mirror | None = None
+
+    def __call__(self, x: Tensor) -> nn.Module:
+        """The model itself, or its copy for searching around images like x, at the weights of now.
+
+        Raises:
+            UserError: for a model that cannot be copied.
+        """
+        # Whether bf16 is accurate enough is another question at every displacement.
+        if self._search != "fp32" or not len(x):
+            return search_model(self._model, x, self._search)
+        with held_still(self._model):
+            if self._mirror is None:
+                self._mirror = Mirror(self._model, x[:EXAMPLES], double=True)
+            return self._mirror.refreshed()
 
 
 def search_model(model: nn.Module, x: Tensor, search: str) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustflat.attacks.describe import describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.judging import held_still
-from robustflat.attacks.strongest import SEARCHES, judged_logits, strongest
+from robustflat.attacks.strongest import SEARCHES, SearchCopy, judged_logits, strongest
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.batch_norm import recalibrated
 from robustflat.flatness.protocol import protocol_by_name
@@ -174,16 +174,19 @@ class AverageFlatness:
                 search=self.search,
             )
         images = at_w.batches if self.loss == "frozen" else found.batches
+        search = SearchCopy(model, self.search)
         with held_still(model):
-            losses = torch.stack([self._trial(found, images, trial, seed) for trial in range(self.trials)])
+            losses = torch.stack([self._trial(found, images, search, trial, seed) for trial in range(self.trials)])
         return self._result(found, losses, at_w, seed=seed, seconds=time.perf_counter() - start)
 
-    def _trial(self, found: Subject, images: list[Batch], trial: int, seed: int) -> Tensor:
+    def _trial(self, found: Subject, images: list[Batch], search: SearchCopy, trial: int, seed: int) -> Tensor:
         """Losses (N,) of one trial on `images`: the subject's own, or adversarial ones found at w."""
         losses = []
         for number, group in enumerate(found.groups(self.draws)):
             with displaced(found.model, self._draw(found, trial, number, seed)), self._statistics(found):
-                losses += [self._losses(found.model, images[index], trial, index, seed) for index in group]
+                for index in group:
+                    generator = generator_for(seed, "attack", trial, index, device=found.device)
+                    losses.append(self._losses(found.model, images[index], search, generator))
         return torch.cat(losses)
 
     def _draw(self, found: Subject, trial: int, group: int, seed: int) -> Weights:
@@ -191,13 +194,12 @@ class AverageFlatness:
         generator = generator_for(seed, "weights", trial, group, device=found.device)
         return self.ball.sample(found.weights, generator, sampling=self.sampling)
 
-    def _losses(self, model: nn.Module, batch: Batch, trial: int, index: int, seed: int) -> Tensor:
-        """Losses (B,) of batch number `index` at the weights as they are."""
+    def _losses(self, model: nn.Module, batch: Batch, search: SearchCopy, generator: torch.Generator) -> Tensor:
+        """Losses (B,) of a batch at the weights as they are."""
         x, y = batch
         if self.loss == "robust":
             assert self.attack is not None
-            generator = generator_for(seed, "attack", trial, index, device=x.device)
-            logits = strongest(model, x, y, self.attack, generator=generator, search=self.search).logits
+            logits = strongest(model, x, y, self.attack, generator=generator, search=search).logits
         else:
             logits = judged_logits(model, x)
         return self.protocol.losses(logits, y)

@@ -21,8 +21,9 @@ from robustflat.flatness.reference import Reference, drawn_seed, reference_at, r
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import Subject, subject
 from robustflat.geometry.input_ball import InputBall, LinfBall
+from robustflat.geometry.weight_ascent import WeightAscent
 from robustflat.geometry.weight_ball import WeightBall
-from robustflat.models.folded import WeightsForward, folded_forward, plain_forward
+from robustflat.models.folded import FoldedForward, WeightsForward, folded_forward, plain_forward
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
 from robustflat.rng import generator_for
@@ -36,6 +37,14 @@ class Point(NamedTuple):
 
     nu: Weights
     images: list[Tensor]
+
+
+class Climb(NamedTuple):
+    """What all ascents share: the function that is climbed, the weights it starts from, and how these move."""
+
+    forward: WeightsForward
+    weights: Weights
+    ascent: WeightAscent
 
 
 class WorstFlatness:
@@ -182,8 +191,8 @@ class WorstFlatness:
                 given=reference,
                 search=self.search,
             )
-            forward = self._forward(found)
-            ascents = [self._restart(found, forward, restart, seed) for restart in range(self.restarts)]
+            climb = self._climb(found)
+            ascents = [self._restart(found, climb, restart, seed) for restart in range(self.restarts)]
         losses, trace = (torch.stack(parts) for parts in zip(*ascents, strict=True))
         require_finite(losses, self.ball.radius)
         rises = trace.double().cpu() - float(at_w.losses.double().mean())
@@ -197,19 +206,23 @@ class WorstFlatness:
             random_start=self.protocol.random_start,
         )
 
-    def _forward(self, found: Subject) -> WeightsForward:
+    def _climb(self, found: Subject) -> Climb:
         """What the ascent climbs on. Folded batch norms could not be displaced."""
-        if self.search == "plain" or self.norm_layers:
-            return plain_forward(found.model)
-        return folded_forward(found.model, found.batches[0].x[:EXAMPLES])
+        forward, weights = plain_forward(found.model), found.weights
+        if self.search != "plain" and not self.norm_layers:
+            forward = folded_forward(found.model, found.batches[0].x[:EXAMPLES], first_order=True)
+        if isinstance(forward, FoldedForward):
+            # Else every step would reorder all weights and gradients. A copy: `displaced` moves the views.
+            weights = {n: w.clone(memory_format=_order(w)) for n, w in weights.items()}
+        return Climb(forward, weights, WeightAscent(self.ball, self.weight_step, weights))
 
-    def _restart(self, found: Subject, forward: WeightsForward, restart: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _restart(self, found: Subject, climb: Climb, restart: int, seed: int) -> tuple[Tensor, Tensor]:
         """Losses (N,) at the end of one restart, and the mean loss after 0..S steps, (S+1,)."""
         losses, traces = [], []
         for number, indices in enumerate(found.groups(self.protocol.draws)):
             group = [found.batches[i] for i in indices]
             generator = generator_for(seed, "ascent", restart, number, device=found.device)
-            point, trace = self._ascend(found, forward, group, self._start(found, group, generator))
+            point, trace = self._ascend(found, climb, group, self._start(found, group, generator))
             with displaced(found.model, point.nu):
                 for x, (_, y) in zip(point.images, group, strict=True):
                     losses.append(self.protocol.losses(judged_logits(found.model, x), y))
@@ -225,21 +238,21 @@ class WorstFlatness:
             near = self.input_ball.sample_uniform_norm
         return Point(nu, [near(batch.x, generator) for batch in group])
 
-    def _ascend(
-        self, found: Subject, forward: WeightsForward, group: list[Batch], start: Point
-    ) -> tuple[Point, Tensor]:
+    def _ascend(self, found: Subject, climb: Climb, group: list[Batch], start: Point) -> tuple[Point, Tensor]:
         """The point that counts, and mean losses (S+1,): of the best point so far, or of each if the last
         counts.
 
         In a group of several batches the loss of a sweep is summed up while nu moves, as in the released code.
         """
         count = sum(len(batch.y) for batch in group)
-        now, kept = start, start
+        now = kept = start
+        if isinstance(climb.forward, FoldedForward):
+            now = kept = start._replace(nu={n: s.contiguous(memory_format=_order(s)) for n, s in start.nu.items()})
         values: list[Tensor] = []
         for step in range(self.steps + 1):
             before, total = now, torch.zeros((), device=found.device)
             for index, batch in enumerate(group):
-                mean, onward = self._step(found, forward, now, index, batch, last=step == self.steps)
+                mean, onward = self._step(climb, now, index, batch, last=step == self.steps)
                 total = total + mean * (len(batch.y) / count)
                 now = onward
             if self.protocol.keep == "best" and values:
@@ -252,35 +265,26 @@ class WorstFlatness:
             values.append(total)
         return kept, torch.stack(values)
 
-    def _step(
-        self, found: Subject, forward: WeightsForward, now: Point, index: int, batch: Batch, *, last: bool
-    ) -> tuple[Tensor, Point]:
+    def _step(self, climb: Climb, now: Point, index: int, batch: Batch, *, last: bool) -> tuple[Tensor, Point]:
         """Mean loss at a point for batch number `index` of the group, and the point after one step from there."""
         robust = self.loss == "robust"
         with torch.inference_mode(False), torch.set_grad_enabled(not last):
             nu = {name: step.detach().requires_grad_(not last) for name, step in now.nu.items()}
             x = now.images[index].detach().requires_grad_(robust and not last)
-            moved = {name: found.weights[name] + step for name, step in nu.items()}
-            mean = cross_entropy(forward(moved, x), batch.y).mean()
+            moved = {name: climb.weights[name] + step for name, step in nu.items()}
+            mean = cross_entropy(climb.forward(moved, x), batch.y).mean()
             if last:
                 return mean.detach(), now
             # Materialised: a weight that this forward pass does not use has gradient zero.
             inputs = [*nu.values(), x] if robust else list(nu.values())
             grads = torch.autograd.grad(mean, inputs, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            onward = self._move_weights(found, now.nu, dict(zip(nu, grads, strict=False)))
+            onward = climb.ascent.onward(now.nu, dict(zip(nu, grads, strict=False)))
             images = list(now.images)
             if robust:
                 climbed = images[index] + self.input_step * self.input_ball.steepest(grads[-1])
                 images[index] = self.input_ball.project(climbed, batch.x)
         return mean.detach(), Point(onward, images)
-
-    def _move_weights(self, found: Subject, nu: Weights, grad: Weights) -> Weights:
-        """One step of the weights, projected onto the ball."""
-        ball = self.ball
-        stride = WeightBall(self.weight_step, ball.norm, ball.grouping, ball.relative)
-        steps = stride.steepest(grad, found.weights)
-        return ball.project({name: nu[name] + steps[name] for name in nu}, found.weights)
 
     def _result(
         self, found: Subject, losses: Tensor, trace: Tensor, at_w: Reference, *, seed: int, seconds: float
@@ -313,5 +317,12 @@ class WorstFlatness:
 
 def _choose(take: Tensor, one: Point, other: Point) -> Point:
     """`one` if the 0-dim `take` holds, else `other`, without waiting for the device."""
+    if take.device.type == "cpu":
+        return one if bool(take) else other
     nu = {name: torch.where(take, one.nu[name], other.nu[name]) for name in one.nu}
     return Point(nu, [torch.where(take, a, b) for a, b in zip(one.images, other.images, strict=True)])
+
+
+def _order(t: Tensor) -> torch.memory_format:
+    """The order in which convolutions of a folded network take their weights."""
+    return torch.channels_last if t.ndim == 4 else torch.contiguous_format

@@ -93,7 +93,7 @@ class WeightBall:
         if self.norm == math.inf:
             return {n: step.clamp(-limits[n], limits[n]).to(step.dtype) for n, step in nu.items()}
         norms = self._norms(nu)
-        return {n: (step * _shrinking(norms[n], limits[n])).to(step.dtype) for n, step in nu.items()}
+        return {n: (step * shrinking(norms[n], limits[n])).to(step.dtype) for n, step in nu.items()}
 
     @torch.no_grad()
     def sample(
@@ -157,7 +157,7 @@ class WeightBall:
 
     def _norms(self, v: Weights) -> Weights:
         """Norm of each group, laid out like `limits`."""
-        wholes = _tensor_norms(v, self.norm)
+        wholes = tensor_norms(v, self.norm)
         if self.grouping == "filter":
             return {n: _row_norms(t, self.norm) if t.ndim > 2 else wholes[n] for n, t in v.items()}
         if self.grouping == "global" and v:
@@ -197,14 +197,14 @@ def _matching(w: Weights, v: Weights) -> Weights:
     return w
 
 
-def _shrinking(norm: Tensor, limit: Tensor) -> Tensor:
+def shrinking(norm: Tensor, limit: Tensor) -> Tensor:
     """Factor that brings a group of size `norm` down to `limit`; exactly 1 inside."""
     # What a projection returns may measure a few rounding errors above the limit; it must count as inside.
     slack = 1 + 8 * torch.finfo(norm.dtype).eps
     return torch.where(norm > limit * slack, limit / positive(norm), 1.0)
 
 
-def _tensor_norms(v: Weights, norm: float) -> Weights:
+def tensor_norms(v: Weights, norm: float) -> Weights:
     """Norm of each tensor, 0-dim and at least float32."""
     tensors = [wide(t) for t in v.values()]
     if tensors and all(t.is_cuda for t in tensors):

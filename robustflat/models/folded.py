@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robustflat.errors import UserError
-from robustflat.models.inference import _LINEAR, BatchNorm, Linear, scale_and_shift
+from robustflat.models.inference import _LINEAR, BatchNorm, Linear, rectify_in_place_, scale_and_shift
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.norms import ReBatchNorm
+from robustflat.models.slots import ParameterSlots
 
 WeightsForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(some weights by name, images (B, C, H, W)) -> logits (B, K); other weights are the network's own."""
@@ -29,15 +30,18 @@ def plain_forward(model: nn.Module) -> WeightsForward:
     return lambda weights, x: functional_call(model, dict(weights), (x,))
 
 
-def folded_forward(model: nn.Module, example: Tensor) -> WeightsForward:
+def folded_forward(model: nn.Module, example: Tensor, *, first_order: bool = False) -> WeightsForward:
     """The same function with running-statistics batch norms folded, and convolutions in channels-last order.
 
     Args:
         model: images in [0, 1] -> logits; not touched, and not needed in eval mode.
         example: a few images that the model takes, on its device.
+        first_order: for loops that need first derivatives only: ReLU layers overwrite their input where these stay, and
+            convolutions are called in channels-last order, in which they take four-dimensional weights best.
 
     Returns:
-        The folded function; the plain one where nothing can be folded, or folding changes logits by more than rounding.
+        The folded function, a `FoldedForward`; the plain one where nothing can be folded, or folding changes logits by
+        more than rounding.
     """
     try:
         network = copy.deepcopy(model).eval().requires_grad_(False)
@@ -53,18 +57,55 @@ def folded_forward(model: nn.Module, example: Tensor) -> WeightsForward:
         if linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros_like(folds[linear_path].shift), requires_grad=False)
         network.set_submodule(norm_path, nn.Identity())
+    if not folds:
+        return plain_forward(model)
+    forward = FoldedForward(network, folds)
+    if not _same(model, forward, example):
+        return plain_forward(model)
+    return forward.for_first_order(example) if first_order else forward
 
-    of_norms = {f"{fold.norm_path}.{name}" for fold in folds.values() for name in ("weight", "bias")}
 
-    def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        moved = {name: t for name, t in weights.items() if name not in of_norms}
-        for path, fold in folds.items():
+class FoldedForward:
+    """What `folded_forward` makes.
+
+    Args:
+        network: a copy of its own, whose folded batch norms are identities and whose folded layers have a bias.
+        folds: by path of the folded layer.
+    """
+
+    def __init__(self, network: nn.Module, folds: Mapping[str, _Fold]) -> None:
+        self._network = network
+        self._folds = folds
+        self._of_norms = {f"{fold.norm_path}.{name}" for fold in folds.values() for name in ("weight", "bias")}
+        self._slots = ParameterSlots(network)
+        self._first_order = False
+
+    def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Logits (B, K) of images x (B, C, H, W) at some weights by name; see `WeightsForward`."""
+        moved = {name: t for name, t in weights.items() if name not in self._of_norms}
+        for path, fold in self._folds.items():
             moved |= fold(path, weights)
-        images = x.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = functional_call(network, moved, (images,))
+        if self._first_order:
+            # The strides of weights for one channel fit both orders, and the convolution takes the other one.
+            moved |= {n: t.clone(memory_format=torch.channels_last) for n, t in moved.items() if _ambiguous(t)}
+        with self._slots.filled(moved):
+            logits: Tensor = self._network(x.contiguous(memory_format=torch.channels_last))
         return logits
 
-    return forward if folds and _same(model, forward, example) else plain_forward(model)
+    def for_first_order(self, example: Tensor) -> FoldedForward:
+        """Itself, with ReLU layers that overwrite their input where logits of `example` and derivatives allow it."""
+        self._first_order = True
+        with torch.enable_grad():
+            leaves = {name: p.detach().clone().requires_grad_() for name, p in self._slots.own.items()}
+
+        def logits(x: Tensor) -> Tensor:
+            with self._slots.filled(leaves):
+                return self._network(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
+
+        with torch.no_grad():
+            before = logits(example)
+        rectify_in_place_(self._network, logits, example, before, list(leaves.values()))
+        return self
 
 
 class _Fold:
@@ -101,6 +142,10 @@ class _Fold:
         bias = weights.get(f"{self.norm_path}.bias", self.norm_bias)
         shift = -self.mean * scale
         return scale, shift if bias is None else shift + bias
+
+
+def _ambiguous(t: Tensor) -> bool:
+    return t.ndim == 4 and t.shape[1] == 1
 
 
 @torch.no_grad()

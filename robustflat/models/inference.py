@@ -9,7 +9,7 @@ import copy
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -108,7 +108,7 @@ def rewrite(
     folds: tuple[tuple[str, str], ...] = ()
     if fold_batch_norm:
         network, folds = _folded_or_not(model, network, example, plain, notes)
-    _rectify_in_place_(network, example, plain)
+    rectify_in_place_(network, network, example, plain)
     channels_last = channels_last and _to_channels_last_(network, example, notes)
     dtype = example.dtype
     if precision == "bf16":
@@ -179,18 +179,33 @@ def _folded_or_not(
     return network, tuple(pairs)
 
 
-def _rectify_in_place_(network: nn.Module, example: Tensor, plain: Tensor) -> None:
-    """Let ReLU layers overwrite their input where that changes neither logits nor what autograd can do."""
+def rectify_in_place_(
+    network: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
+    example: Tensor,
+    before: Tensor,
+    leaves: Sequence[Tensor] = (),
+) -> None:
+    """Let ReLU layers overwrite their input where that changes neither logits nor what autograd can do.
+
+    Args:
+        network: holds the layers.
+        logits_of: how it is called on images like `example`, in eval mode.
+        example: a few images.
+        before: their logits.
+        leaves: what is differentiated with respect to besides the images.
+    """
     rectifiers = [m for m in network.modules() if type(m) is nn.ReLU and not m.inplace]
     for rectifier in rectifiers:
         rectifier.inplace = True
     try:
-        fine = _close(_logits(network, example), plain, _TOLERANCE)
+        with torch.no_grad():
+            fine = _close(logits_of(example), before, _TOLERANCE)
         with torch.enable_grad():
             point = example.detach().clone().requires_grad_()
-            logits = network(point)
+            logits = logits_of(point)
             if logits.requires_grad:
-                torch.autograd.grad(logits.sum(), point)
+                torch.autograd.grad(logits.sum(), [point, *leaves], allow_unused=True)
     except RuntimeError:  # autograd needs the input of one of them
         fine = False
     for rectifier in rectifiers:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustflat.errors import require_range
 from robustflat.flatness.directions import random_direction
+from robustflat.flatness.measures.bisection import Bisection
 from robustflat.flatness.measures.measure import NEITHER, PER_WEIGHT, TEMPERATURE, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.trace import mean_of
@@ -95,28 +96,21 @@ class PacBayesSigma(Measure):
     ) -> None:
         require_range("rise", rise, low=0, high=1, low_open=True, high_open=True)
         require_range("draws", draws, low=1)
-        require_range("bisections", bisections, low=1)
-        require_range("low", low, low=0, low_open=True)
-        require_range("high", high, low=low, low_open=True)
         require_range("floor", floor, low=0)
-        self.rise, self.draws, self.bisections = rise, draws, bisections
-        self.low, self.high, self.magnitude_aware, self.floor = low, high, magnitude_aware, floor
+        self.search = Bisection(low, high, bisections)
+        self.rise, self.draws, self.magnitude_aware, self.floor = rise, draws, magnitude_aware, floor
 
     def __call__(self, surface: LossSurface) -> Reading:
         """1 / sigma^2; sigma, the interval left, and whether sigma met the end of the search are in the details."""
         allowed = surface.error() + self.rise
-        low, high = math.log(self.low), math.log(self.high)
-        for _ in range(self.bisections):
-            middle = (low + high) / 2
-            found = float(self._errors(surface, math.exp(middle)).mean())
-            low, high = (middle, high) if found <= allowed else (low, middle)
-        sigma = math.exp(low)
-        at_end = float(low == math.log(self.low) or high == math.log(self.high))
+        found = self.search(lambda size: float(self._errors(surface, size).mean()) <= allowed)
+        sigma = found.size
         # How far the error of the mean over draws moves sigma, by the slope of the curve there.
         here, above = self._errors(surface, sigma), self._errors(surface, 1.2 * sigma)
         slope = float(above.mean() - here.mean()) / (0.2 * sigma)
         error = 2 * mean_of(here).standard_error / slope / sigma**3 if slope > 0 else math.nan
-        return Reading(1 / sigma**2, error, {"sigma": sigma, "sigma_above": math.exp(high), "at_end": at_end})
+        details = {"sigma": sigma, "sigma_above": found.above, "at_end": float(found.at_end)}
+        return Reading(1 / sigma**2, error, details)
 
     def _errors(self, surface: LossSurface, sigma: float) -> Tensor:
         """Error at each draw with this sigma, float64 (draws,)."""

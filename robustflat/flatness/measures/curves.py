@@ -10,6 +10,7 @@ from torch import Tensor
 from robustflat.errors import UserError, require_range
 from robustflat.flatness.average import AverageFlatness
 from robustflat.flatness.measures.average import rises_at
+from robustflat.flatness.measures.bisection import Bisection
 from robustflat.flatness.measures.measure import NEITHER, PER_LAYER, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.result import FlatnessResult
@@ -131,27 +132,19 @@ class InverseNoiseRadius(Measure):
     ) -> None:
         require_range("rise", rise, low=0, low_open=True)
         require_range("draws", draws, low=1)
-        require_range("bisections", bisections, low=1)
-        require_range("low", low, low=0, low_open=True)
-        require_range("high", high, low=low, low_open=True)
-        self.rise, self.draws, self.bisections, self.low, self.high = rise, draws, bisections, low, high
+        self.rise, self.draws, self.search = rise, draws, Bisection(low, high, bisections)
         self.ball = _unit(ball)
         self.invariant = invariance_of(self.ball)
 
     def __call__(self, surface: LossSurface) -> Reading:
         """1 / xi; xi, and whether it met the end of the search, are in the details."""
-        low, high = math.log(self.low), math.log(self.high)
-        for _ in range(self.bisections):
-            middle = (low + high) / 2
-            rise = float(self._rises(surface, math.exp(middle)).mean())
-            low, high = (middle, high) if rise < self.rise else (low, middle)
-        radius = math.exp((low + high) / 2)
-        at_end = float(low == math.log(self.low) or high == math.log(self.high))
+        found = self.search(lambda size: float(self._rises(surface, size).mean()) < self.rise)
+        radius = found.middle
         # How far the error of the mean rise moves the radius, by the slope of the curve there.
         here, above = self._rises(surface, radius).mean(dim=1), self._rises(surface, 1.1 * radius).mean(dim=1)
         slope = float(above.mean() - here.mean()) / (0.1 * radius)
         error = mean_of(here).standard_error / slope / radius**2 if slope > 0 else math.nan
-        return Reading(1 / radius, error, {"radius": radius, "at_end": at_end})
+        return Reading(1 / radius, error, {"radius": radius, "at_end": float(found.at_end)})
 
     def _rises(self, surface: LossSurface, radius: float) -> Tensor:
         return _scaled_rises(surface, self.ball, radius, self.draws)

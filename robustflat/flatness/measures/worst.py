@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError, require_range
 from robustflat.flatness.directions import random_direction
+from robustflat.flatness.measures.bisection import Bisection
 from robustflat.flatness.measures.measure import PER_WEIGHT, TEMPERATURE, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.trace import mean_of
@@ -290,23 +291,15 @@ class PacBayesWorstCase(Measure):
     ) -> None:
         require_range("rise", rise, low=0, high=1, low_open=True, high_open=True)
         require_range("steps", steps, low=1)
-        require_range("bisections", bisections, low=1)
-        require_range("low", low, low=0, low_open=True)
-        require_range("high", high, low=low, low_open=True)
         require_range("floor", floor, low=0)
-        self.rise, self.steps, self.bisections = rise, steps, bisections
-        self.low, self.high, self.magnitude_aware, self.floor = low, high, magnitude_aware, floor
+        self.search = Bisection(low, high, bisections)
+        self.rise, self.steps, self.magnitude_aware, self.floor = rise, steps, magnitude_aware, floor
 
     def __call__(self, surface: LossSurface) -> Reading:
         """1 / alpha^2; alpha, the interval left, and whether alpha met the end of the search are in the details."""
         allowed = surface.error() + self.rise
-        low, high = math.log(self.low), math.log(self.high)
-        for _ in range(self.bisections):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._error(surface, math.exp(middle)) <= allowed else (low, middle)
-        at_end = float(low == math.log(self.low) or high == math.log(self.high))
-        alpha = math.exp(low)
-        return Reading(1 / alpha**2, math.nan, {"alpha": alpha, "alpha_above": math.exp(high), "at_end": at_end})
+        alpha, above, _, at_end = self.search(lambda size: self._error(surface, size) <= allowed)
+        return Reading(1 / alpha**2, math.nan, {"alpha": alpha, "alpha_above": above, "at_end": float(at_end)})
 
     def _error(self, surface: LossSurface, alpha: float) -> float:
         """Largest error that a sign ascent meets in the box."""

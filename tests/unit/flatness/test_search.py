@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from robustflat.attacks.pgd import Pgd
-from robustflat.attacks.strongest import search_model, strongest
+from robustflat.attacks.strongest import SearchCopy, search_model, strongest
 from robustflat.errors import UserError
 from robustflat.flatness.average import AverageFlatness
 from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
+from robustflat.models.modes import displaced, perturbable
+from robustflat.models.resnet import resnet_tiny
 from tests.unit.flatness.networks import convnet, examples
 
 ATTACK = Pgd(LinfBall(0.05), steps=5, step_size=0.02)
@@ -113,3 +115,35 @@ def test_a_network_that_needs_its_memory_order_is_measured_too(search):
         for way in ("plain", search)
     ]
     assert found[1].value == pytest.approx(found[0].value, abs=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_copy_that_follows_is_to_the_bit_one_made_anew(channels):
+    torch.manual_seed(0)
+    model = resnet_tiny(classes=3, in_channels=channels, channels=4, mean=[0.5] * channels, std=[0.2] * channels)
+    x, draws = torch.rand(9, channels, 8, 8), torch.Generator().manual_seed(1)
+    model(x)
+    copy = SearchCopy(model.eval(), "fp32")
+    for _ in range(3):
+        with displaced(model, WeightBall(0.5).sample(perturbable(model), draws)):
+            points = [x.clone().requires_grad_() for _ in range(2)]
+            logits = [network(z) for network, z in zip((copy(x), search_model(model, x, "fp32")), points, strict=True)]
+            grads = [torch.autograd.grad(z.square().sum(), point)[0] for z, point in zip(logits, points, strict=True)]
+        assert torch.equal(*logits)
+        assert torch.equal(*grads)
+
+
+def test_one_copy_serves_all_draws_of_a_measurement(monkeypatch):
+    from robustflat.models import mirror
+
+    model, (x, y), made = convnet(), examples(8), []
+    rewrite = mirror.rewrite
+    monkeypatch.setattr(mirror, "rewrite", lambda *args, **options: made.append(1) or rewrite(*args, **options))
+    given = torch.zeros(8)
+    AverageFlatness(WeightBall(0.3), trials=4, attack=ATTACK, search="fp32")(model, x, y, reference=given)
+    assert len(made) == 1
+
+
+def test_a_search_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="search"):
+        SearchCopy(convnet(), "fp8")

@@ -44,6 +44,54 @@ def test_logits_and_gradients_are_those_of_the_network_at_the_moved_weights(netw
     assert torch.allclose(found[0][0], functional_call(network, moved(network), (x,)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_first_order_loops_get_the_same_logits_and_gradients_in_channels_last_order(channels):
+    torch.manual_seed(0)
+    model = resnet_tiny(classes=3, in_channels=channels, channels=4, mean=[0.5] * channels, std=[0.2] * channels)
+    x = torch.rand(5, channels, 8, 8, dtype=torch.float64)
+    model.double()(x)
+    found, seen = [], []
+    for forward in (plain_forward(model.eval()), folded_forward(model, x[:2], first_order=True)):
+        weights, images = moved(model), x.clone().requires_grad_()
+        logits = forward(weights, images)
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), [*weights.values(), images])])
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in zip(*found, strict=True))
+    forward._network.body.blocks[0].register_forward_hook(lambda block, given, made: seen.append(made))
+    forward(
+        {
+            n: w.detach().contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w.detach()
+            for n, w in moved(model).items()
+        },
+        x,
+    )
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(m.inplace for m in forward._network.modules() if type(m) is nn.ReLU)
+
+
+class Reusing(nn.Module):
+    """Needs the input of its ReLU again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(self.conv(x))
+        return self.head((self.relu(z) * z.square()).mean((2, 3)))
+
+
+def test_a_relu_whose_input_is_needed_again_does_not_overwrite_it():
+    torch.manual_seed(0)
+    model, x = Reusing().double().eval(), torch.rand(4, 2, 5, 5, dtype=torch.float64)
+    weights = dict(model.named_parameters())
+    found = []
+    for forward in (plain_forward(model), folded_forward(model, x[:2], first_order=True)):
+        logits = forward({n: weights[n] for n in ("conv.weight", "head.weight")}, x)
+        found.append([logits, *torch.autograd.grad(logits.sum(), [weights["conv.weight"], weights["head.weight"]])])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
 def test_the_network_is_not_touched(network):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     forward = folded_forward(network.train(), torch.rand(2, 3, 8, 8, dtype=torch.float64))
