@@ -99,17 +99,23 @@ def in_turn(
     for _ in range(rounds):
         for name, run in runs.items():
             synchronize(device)
-            start, start_busy = time.perf_counter(), time.process_time()
+            start, start_busy = time.perf_counter(), processor_seconds()
             result = run()
             synchronize(device)
             wall[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - start_busy)
+            busy[name].append(processor_seconds() - start_busy)
             results.setdefault(name, result)
     spreads = wall if on_cuda(device) else busy
     return {
         name: Timing(median(busy[name]), median(wall[name]), _spread(spreads[name]), rounds, results[name])
         for name in runs
     }
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _spread(values: list[float]) -> float:
@@ -268,6 +274,12 @@ class Report:
         self._print(title, rows, "of the first", "")
         self._store(title, rows, "memory")
 
+    def figures(self, title: str, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Print and store figures that are compared with nothing; keys as in `compare`."""
+        rows = {name: {"found": {}} | row for name, row in rows.items()}
+        self._print(title, rows, "", "")
+        self._store(title, rows, "")
+
     def _share(self, way: Way, timing: Timing) -> dict[str, float]:
         if way.gflop is None:
             return {}
@@ -280,7 +292,7 @@ class Report:
             "processor s": lambda row: _number(row.get("processor")),
             "spread": lambda row: _number(row.get("spread"), 2),
             "wall s": lambda row: _number(row.get("wall")),
-            ratio: lambda row: f"{row['ratio']:.2f}",
+            ratio: lambda row: f"{row['ratio']:.2f}" if "ratio" in row else "",
             "goal": _goal,
             f"{what}/s": lambda row: _number(row.get(f"{what}_per_second")),
             "peak MiB": lambda row: _number(row.get("memory_mib")),
@@ -301,7 +313,7 @@ class Report:
             entry["limits"] = limits(self.device)
         stored = read_results(self.path) | {title: entry}
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_finite(stored), indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(_finite(dict(sorted(stored.items()))), indent=1) + "\n")
         temporary.replace(self.path)
 
 
