@@ -59,7 +59,8 @@ def study(checkout: Path, given: argparse.Namespace) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["study", f"study={given.study}", f"outputs={folder}"]
         arguments += [f"jobs={given.jobs}"] if given.jobs else []
-        arguments += [f"overrides=[{','.join(given.overrides)}]"] if given.overrides else []
+        quoted = ['"{}"'.format(text.replace('"', '\\"')) for text in given.overrides]
+        arguments += [f"overrides=[{','.join(quoted)}]"] if quoted else []
         command = [sys.executable, "-c", COMMAND, *arguments]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=False)

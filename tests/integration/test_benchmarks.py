@@ -79,7 +79,7 @@ def test_autoattack_runs_beside_the_authors(benchmark):
 
 @pytest.mark.slow
 def test_a_study_is_timed_with_all_its_processes(benchmark, capfd):
-    small = ["trainer.epochs=1", "dataset.train=train[:128]", "model.channels=4", "attack.steps=1"]
+    small = ["trainer.epochs=1", "dataset.train='train[:500]'", "model.channels=4", "attack.steps=1"]
     tables = benchmark("studies", "--jobs", "1", *small)
     ((row,),) = [list(ways.values()) for ways in tables.values()]
     assert row["processor"] > 1  # that of the study, which is another process
