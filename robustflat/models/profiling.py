@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ class StepProfiler:
         return (frame if kernels else frame.drop(columns=["device_ms", "device_share"])).reset_index(drop=True)
 
     def _take(self, running: profile) -> None:
-        self._events, self._operators = list(running.events() or []), list(running.key_averages())
+        self._events = list(running.events() or [])  # type: ignore[no-untyped-call]
+        self._operators = list(running.key_averages())
         self.steps = sum(event.name.startswith(STEP) and _on_host(event) for event in self._events)
         if self.trace is not None:
             temporary = self.trace.with_name(f".{self.trace.name}")
@@ -151,7 +152,8 @@ class StepProfiler:
                 running.export_chrome_trace(str(temporary))
                 os.replace(temporary, self.trace)
             except (OSError, RuntimeError) as error:
-                temporary.unlink(missing_ok=True)
+                with suppress(OSError):
+                    temporary.unlink()
                 raise UserError(f"Cannot write the trace {self.trace}: {error}. profile=false does without.") from error
 
     def _spent(self, events: Sequence[Any]) -> tuple[float, float]:
@@ -166,7 +168,7 @@ class StepProfiler:
 
 def _on_host(event: Any) -> bool:
     """Whether an event is of the processor; a card repeats marks and has its kernels as events of their own."""
-    return bool(event.device_type == torch.autograd.DeviceType.CPU)
+    return bool(event.device_type.name == "CPU")
 
 
 @contextmanager
