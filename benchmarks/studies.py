@@ -34,6 +34,7 @@ def options() -> argparse.ArgumentParser:
     result.add_argument("--study", default="digits_quick", help="a file of conf/study (default: digits_quick)")
     result.add_argument("--against", type=Path, help="folder of another checkout, timed before this one")
     result.add_argument("--jobs", type=int, help="runs at a time (default: the study's)")
+    result.add_argument("--config-dir", type=Path, help="folder with study/ of your own")
     result.add_argument("overrides", nargs="*", help="for all runs, such as trainer.epochs=2")
     return result
 
@@ -57,7 +58,8 @@ def study(checkout: Path, given: argparse.Namespace) -> pd.DataFrame:
         SystemExit: if it fails; it has said why.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["study", f"study={given.study}", f"outputs={folder}"]
+        arguments = ["study", *(["--config-dir", str(given.config_dir.resolve())] if given.config_dir else [])]
+        arguments += [f"study={given.study}", f"outputs={folder}"]
         arguments += [f"jobs={given.jobs}"] if given.jobs else []
         quoted = ['"{}"'.format(text.replace('"', '\\"')) for text in given.overrides]
         arguments += [f"overrides=[{','.join(quoted)}]"] if quoted else []

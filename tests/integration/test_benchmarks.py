@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.run import FULL, QUICK
+from tests.integration.test_study import ROOT, STUDY
 
 SMALL = {
     "training": "--channels 2 --images 4 --pgd 1",
@@ -78,9 +80,15 @@ def test_autoattack_runs_beside_the_authors(benchmark):
 
 
 @pytest.mark.slow
-def test_a_study_is_timed_with_all_its_processes(benchmark, capfd):
-    small = ["trainer.epochs=1", "dataset.train='train[:500]'", "model.channels=4", "attack.steps=1"]
-    tables = benchmark("studies", "--jobs", "1", *small)
-    ((row,),) = [list(ways.values()) for ways in tables.values()]
-    assert row["processor"] > 1  # that of the study, which is another process
-    assert row["found"]["runs done"] == "12/12"
+def test_a_study_is_timed_with_all_its_processes(benchmark, tmp_path):
+    study = {key: value for key, value in STUDY.items() if key != "evaluations"}
+    study |= {"experiments": {"at": STUDY["experiments"]["at"]}, "evaluations": {"last": STUDY["evaluations"]["last"]}}
+    (tmp_path / "conf" / "study").mkdir(parents=True)
+    (tmp_path / "conf" / "study" / "one.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    where = ("--config-dir", str(tmp_path / "conf"), "--study", "one")
+    tables = benchmark("studies", *where, "--against", str(ROOT), "--jobs", "1", "attack.steps=2")
+    (ways,) = tables.values()
+    assert list(ways) == ["before", "this checkout"]
+    for row in ways.values():
+        assert row["processor"] > 0.5  # that of the study, which is another process
+        assert row["found"] == {"runs done": "1/1", "cells that differ": "0"}
