@@ -43,6 +43,7 @@ def main() -> None:
     given = options().parse_args()
     report = Report(given)
     for channels in given.channels:
+        report.goals = channels == 16
         model, x, y = made_up(channels, given.images, given.device)
         title = f"Hessian-vector product, ResNet-18, {channels} channels, batch {given.images}, {given.device}"
         report.compare(title, contestants(model, Batch(x, y)), judge=agreement, cost="gradients")

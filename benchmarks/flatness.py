@@ -62,6 +62,7 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     given = options().parse_args()
     report = Report(given)
+    report.goals = (given.channels, given.images, given.trials, given.steps) == (16, 128, 10, 20)
     model, x, y = made_up(given.channels, given.images, given.device)
     subject = Subject(model, x, y, losses_at(model, x, y), forward_gflop(model, x))
     what = f"ResNet-18, {given.channels} channels, batch {given.images}, {given.device}"

@@ -213,12 +213,16 @@ class Report:
     """Prints comparisons as Markdown, and keeps them in a JSON file: the newest of each title.
 
     Args:
-        given: options of `parser`; threads and thresholds of malloc are set here.
+        given: options of `parser`; threads are set here.
+
+    Attributes:
+        memory: whether peak memory is measured too.
+        goals: whether goals are stated; they are meant for certain sizes.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.device, self.rounds, self.path = str(given.device), int(given.rounds), Path(given.results)
-        self.memory = bool(given.memory)
+        self.memory, self.goals = bool(given.memory), True
         torch.set_num_threads(given.threads)
 
     def compare(
@@ -254,7 +258,7 @@ class Report:
             timing, seconds = timings[name], timings[name].seconds(self.device)
             row = {key: getattr(timing, key) for key in ("processor", "wall", "spread", "rounds")}
             row["ratio"] = seconds / base if cost else base / seconds
-            row |= _against(row["ratio"], way.goal, at_most=bool(cost))
+            row |= _against(row["ratio"], way.goal if self.goals else None, at_most=bool(cost))
             row |= {f"{work[1]}_per_second": work[0] / timing.wall} if work else {}
             row |= {"memory_mib": memory[name]} if memory else {}
             row |= self._share(way, timing)
@@ -270,7 +274,7 @@ class Report:
         rows: dict[str, dict[str, Any]] = {}
         for name, value in used.items():
             rows[name] = {"memory_mib": value, "ratio": value / base}
-            rows[name] |= _against(value / base, goals.get(name), at_most=True)
+            rows[name] |= _against(value / base, goals.get(name) if self.goals else None, at_most=True)
         self._print(title, rows, "of the first", "")
         self._store(title, rows, "memory")
 
