@@ -3,9 +3,8 @@
     python benchmarks/data.py                      one core, random images of the size of CIFAR-10
     python benchmarks/data.py --device cuda --channels 64 --workers 8 --threads 8
 
-Ours and a torchvision DataLoader that does the same with PIL are timed in turn, in one process; figures are medians
-over the rounds, scaled to the 390 batches of an epoch. Memory is measured in a fresh process for each row. Prints
-Markdown.
+Ours and a torchvision DataLoader that does the same with PIL are timed in turn, in one process, several batches at a
+time; mean and deviation of the pixels that they give stand beside. Memory is measured in a fresh process for each row.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
+from benchmarks.harness import Report, Way, in_turn, parser
 from robustflat.attacks.pgd import Pgd
 from robustflat.data.augment import AutoAugment, Cutout, Flip, PadCrop
 from robustflat.data.hdf5 import write_set
@@ -56,68 +53,72 @@ OURS: Mapping[str, Mapping[str, Any]] = {
         "cutout": Cutout(size=16, fill=FILL),
     },
 }
+GOALS = {"pad-crop, flip": 6.0}
 BOUNDS = {"pad-crop, flip": 0.02, "pad-crop, flip, AutoAugment, Cutout": 0.15}
 """Largest share of an adversarial training epoch that we promise."""
 
 
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__)
+    result.add_argument("--images", type=int, default=50_000, help="training images (default: 50,000)")
+    result.add_argument("--batches", type=int, default=20, help="batches of 128 per measurement (default: 20)")
+    result.add_argument("--channels", type=int, default=16, help="width of the ResNet-18 (default: 16; the paper: 64)")
+    result.add_argument("--workers", type=int, default=0, help="worker processes of the DataLoader (default: 0)")
+    result.add_argument("--root", help="folder with cifar10/ (default: random images are made)")
+    result.add_argument("--extra", type=int, default=1_000_000, help="extra images on disk (default: 1,000,000)")
+    result.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="times each is measured (default: 5)")
-    parser.add_argument("--batches", type=int, default=20, help="batches of 128 per measurement (default: 20)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps measured (default: 3)")
-    parser.add_argument("--channels", type=int, default=16, help="width of the ResNet-18 (default: 16; the paper: 64)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
-    parser.add_argument("--workers", type=int, default=0, help="worker processes of the DataLoader (default: 0)")
-    parser.add_argument("--root", help="folder with cifar10/ (default: random images are made)")
-    parser.add_argument("--extra", type=int, default=1_000_000, help="extra images on disk (default: 1,000,000)")
-    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.probe:
-        print(json.dumps(probe(*options.probe)))
+    given = options().parse_args()
+    if given.probe:
+        print(json.dumps(probe(*given.probe)))
         return
-    print(f"{describe_machine(options)}\n\n{speed_table(options)}\n\n{memory_table(options)}")
-
-
-def describe_machine(options: argparse.Namespace) -> str:
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
-    return (
-        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}, {options.threads} threads, "
-        f"{options.workers} worker processes, batches of {BATCH}, {options.rounds} rounds of {options.batches} batches."
-    )
+    report = Report(given)
+    memory, report.memory = report.memory, False  # of streams: below, in processes of their own
+    speed(report, given)
+    if memory and Path("/proc/self/status").exists():
+        report.figures(*memory_figures(given))
 
 
 # Speed
 
 
-def speed_table(options: argparse.Namespace) -> str:
-    images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=generator_for(0, "images"))
-    data = ImageSet(images, torch.arange(50_000) % 10, "random", 10).to(options.device)
-    step = training_step_seconds(data, options)
-    lines = [
-        "| Augmentation | ours, s/epoch | torchvision, s/epoch | ratio | share of adversarial training | bound |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+def speed(report: Report, given: argparse.Namespace) -> None:
+    """Both augmentations, and their share of adversarial training."""
+    shape = (given.images, 3, 32, 32)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator_for(0, "images"))
+    data = ImageSet(images, torch.arange(given.images) % 10, "random", 10).to(given.device)
+    what = f"{given.batches} batches of {BATCH}, {given.workers} workers, {given.device}"
+    shares: dict[str, dict[str, Any]] = {}
+    step = training_step_seconds(data, given)
     for name in OURS:
-        ours, theirs = alternating(our_batches(data, name), their_batches(images, name, options.workers), options)
-        lines.append(
-            f"| {name} | {ours * EPOCH:.2f} | {theirs * EPOCH:.2f} | {theirs / ours:.1f} | "
-            f"{ours / (ours + step):.2%} | {BOUNDS[name]:.0%} |"
-        )
-    lines.append(
-        f"\nAdversarial training: ResNet-18 of width {options.channels} on {options.device}, PGD-7 and one SGD step, "
-        f"{step:.3g} s per batch, {step * EPOCH:.0f} s per epoch."
-    )
-    return "\n".join(lines)
+        streams = {
+            "torchvision, PIL in a DataLoader": their_batches(images, name, given.workers),
+            "ours": data.stream(BATCH, OURS[name], Streams(0, data.device)),
+        }
+        ways = {way: Way(drawing(stream, given.batches)) for way, stream in streams.items()}
+        ways["ours"] = Way(ways["ours"].run, goal=GOALS.get(name))
+        work = (given.batches * BATCH, "images")
+        rows = report.compare(f"Data path, {name}, {what}", ways, judge=pixels, work=work)
+        ours = rows["ours"]["wall"] / given.batches
+        share = ours / (ours + step)
+        shares[name] = {
+            "s per epoch": f"{ours * EPOCH:.2f}",
+            "of adversarial training": f"{share:.2%}",
+            "bound": f"{BOUNDS[name]:.0%}: {'kept' if share <= BOUNDS[name] else 'broken'}",
+        }
+    title = f"Data path, share of adversarial training: ResNet-18, {given.channels} channels, PGD-7, {given.device}"
+    report.figures(title, {name: {"found": share} for name, share in shares.items()})
 
 
-def training_step_seconds(data: ImageSet, options: argparse.Namespace) -> float:
-    """Seconds of one step of adversarial training without its data, after one step to warm up."""
-    model = resnet18(classes=10, channels=options.channels, mean=MEAN, std=STD).to(options.device).train()
+def training_step_seconds(data: ImageSet, given: argparse.Namespace) -> float:
+    """Seconds of one step of adversarial training without its data."""
+    model = resnet18(classes=10, channels=given.channels, mean=MEAN, std=STD).to(given.device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     loss, attack = CrossEntropy(), Pgd(LinfBall(8 / 255), steps=7, step_size=0.007)
-    streams = Streams(0, options.device)
+    streams = Streams(0, given.device)
     batch = next(data.stream(BATCH, None, streams))
 
     def step() -> None:
@@ -125,44 +126,26 @@ def training_step_seconds(data: ImageSet, options: argparse.Namespace) -> float:
         loss(model, loss.craft(model, attack, batch, streams["attack"])).total.backward()
         optimizer.step()
 
-    step()
-    return median(seconds(step, options.device) for _ in range(options.steps))
+    return in_turn({"step": step}, min(given.rounds, 3), device=given.device)["step"].wall
 
 
-def alternating(ours: Iterator[Any], theirs: Iterator[Any], options: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds per batch of two endless streams, measured in turn after a warm-up."""
+def drawing(stream: Iterator[Any], batches: int) -> Callable[[], Tensor]:
+    """Draws batches of an endless stream; the images of the last one."""
 
-    def draw(stream: Iterator[Any]) -> Callable[[], None]:
-        def batches() -> None:
-            for _ in range(options.batches):
-                next(stream)
+    def draw() -> Tensor:
+        for _ in range(batches):
+            drawn = next(stream)
+        images: Tensor = drawn[0]
+        return images
 
-        return batches
-
-    times: tuple[list[float], list[float]] = ([], [])
-    for stream in (ours, theirs):
-        next(stream)
-    for _ in range(options.rounds):
-        for stream, found in zip((ours, theirs), times, strict=True):
-            found.append(seconds(draw(stream), options.device) / options.batches)
-    return median(times[0]), median(times[1])
+    return draw
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def our_batches(data: ImageSet, name: str) -> Iterator[Any]:
-    return data.stream(BATCH, OURS[name], Streams(0, data.device))
+def pixels(found: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    return {
+        name: {"mean of pixels": f"{float(x.mean()):.3f}", "deviation": f"{float(x.std()):.3f}"}
+        for name, x in found.items()
+    }
 
 
 def their_batches(images: Tensor, name: str, workers: int) -> Iterator[Any]:
@@ -216,30 +199,21 @@ def cover_square(image: Tensor) -> Tensor:
 # Memory
 
 
-def memory_table(options: argparse.Namespace) -> str:
-    if not Path("/proc/self/status").exists():
-        return "Memory is measured on Linux only."
-    lines = [
-        "| Memory, MiB above a process that has imported everything | now | highest | of it pages of files |",
-        "|---|---:|---:|---:|",
-    ]
+def memory_figures(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, Any]]]:
+    """MiB above a process that has imported everything: at the highest, now, and of it pages of files."""
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        root = options.root or make_cifar10(Path(temporary))
-        extra = make_extra(Path(temporary), options.extra)
+        root = given.root or make_cifar10(Path(temporary))
+        extra = make_extra(Path(temporary), given.extra)
         size = extra.stat().st_size / 2**20
-        rows = {
-            "CIFAR-10, training and test set": ("resident", str(root), ""),
-            f"one epoch mixed with {options.extra:,} images on disk ({size:.0f} MiB)": (
-                "streamed",
-                str(root),
-                str(extra),
-            ),
-        }
-        for name, arguments in rows.items():
+        streamed = f"one epoch mixed with {given.extra:,} images on disk ({size:.0f} MiB)"
+        cases = {"CIFAR-10, training and test set": ("resident", str(root), "")}
+        for name, arguments in (cases | {streamed: ("streamed", str(root), str(extra))}).items():
             command = [sys.executable, __file__, "--threads", "1", "--probe", *arguments]
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            lines.append(f"| {name} | {found['now']:.0f} | {found['highest']:.0f} | {found['files']:.0f} |")
-    return "\n".join(lines)
+            plain = {"MiB now": f"{found['now']:.0f}", "of it pages of files": f"{found['files']:.0f}"}
+            rows[name] = {"memory_mib": found["highest"], "found": plain}
+    return "Memory of the data path, MiB above a process that has imported everything", rows
 
 
 def make_cifar10(root: Path) -> Path:

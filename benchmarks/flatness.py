@@ -6,156 +6,146 @@
 
 The literal implementation does one perturbation at a time as one would write it first: a deep copy of the network
 for every perturbation, attacks that call `backward()` (and so compute weight gradients too), a copy per ascent step.
-Both get the reference loss, and run alternately. Images and weights are made up: time does not depend on them.
+Both get the reference loss and make the same random draws. Images and weights are made up: time does not mind.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import platform
-import resource
+import functools
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import Report, Way, parser
+from benchmarks.literal import literal_ascent, literal_point, losses_at
+from benchmarks.subjects import EPSILON, STEP, forward_gflop, made_up
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.flatness.average import AverageFlatness
+from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
-from robustflat.geometry.weight_ball import WeightBall
-from robustflat.models.inference import keep_freed_memory
 from robustflat.models.modes import perturbable
-from robustflat.models.resnet import resnet18
+from robustflat.rng import generator_for
 
-EPSILON, INPUT_STEP = 8 / 255, 0.007
+AVERAGE_GOALS = {"fp32": 1.6, "bf16": 3.3}
+WORST_GOALS = {"fp32": 1.5, "bf16": 2.5}
+
+
+class Subject(NamedTuple):
+    """What is measured."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    reference: Tensor
+    gflop: float
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__, rounds=3)
+    result.add_argument("--channels", type=int, default=16, help="width of the first stage of the ResNet-18")
+    result.add_argument("--images", type=int, default=128)
+    result.add_argument("--trials", type=int, default=10, help="draws of the average, restarts of the worst case")
+    result.add_argument("--steps", type=int, default=20)
+    result.add_argument("--search", choices=SEARCHES, nargs="*", default=list(SEARCHES))
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, default=16, help="width of the first stage of the ResNet-18")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--trials", type=int, default=10, help="draws of the average, restarts of the worst case")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3, help="alternating runs, of which the median counts")
-    parser.add_argument("--search", choices=SEARCHES, nargs="*", default=list(SEARCHES))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--keep-memory", action="store_true", help="set glibc's thresholds first; helps both sides")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.keep_memory:
-        keep_freed_memory()
-    report(given)
+    given = options().parse_args()
+    report = Report(given)
+    report.goals = (given.channels, given.images, given.trials, given.steps) == (16, 128, 10, 20)
+    model, x, y = made_up(given.channels, given.images, given.device)
+    subject = Subject(model, x, y, losses_at(model, x, y), forward_gflop(model, x))
+    what = f"ResNet-18, {given.channels} channels, batch {given.images}, {given.device}"
+    judge, work = functools.partial(values, subject), (given.trials * given.images, "images")
+    title = f"Average-case flatness, {given.trials} draws x PGD-{given.steps}, {what}"
+    report.compare(title, average(subject, given), judge=judge, work=work, warm=False)
+    title = f"Worst-case flatness, {given.trials} restarts x {given.steps} steps, {what}"
+    report.compare(title, worst(subject, given), judge=judge, work=work, warm=False)
 
 
-def report(given: argparse.Namespace) -> None:
-    model, x, y = subject(given.channels, given.images)
-    reference = F.cross_entropy(model(x), y, reduction="none").detach()
-    attack = Pgd(LinfBall(EPSILON), steps=given.steps, step_size=INPUT_STEP)
-    cases: dict[str, dict[str, Callable[[], object]]] = {
-        "average case": {"literal": lambda: literal_average(model, x, y, given.trials, given.steps)},
-        "worst case": {"literal": lambda: literal_worst(model, x, y, given.trials, given.steps)},
-    }
+def average(subject: Subject, given: argparse.Namespace) -> dict[str, Way]:
+    """By trial: a forward pass at every iterate of the attack, an input gradient at all but one."""
+    need = given.trials * (2 * given.steps + 1) * subject.gflop
+
+    def literal(trials: int, steps: int) -> Tensor:
+        model, x, y, _, _ = subject
+        weights = {name: w.detach() for name, w in perturbable(model).items()}
+        measure, losses = AverageFlatness(), []
+        for trial in range(trials):
+            nu = measure.ball.sample(weights, generator_for(0, "weights", trial, 0, device=x.device), sampling="ball")
+            drawn = generator_for(0, "attack", trial, 0, device=x.device)
+            losses.append(literal_point(model, nu, x, y, steps=steps, generator=drawn))
+        return torch.stack(losses)
+
+    def ours(search: str, trials: int, steps: int) -> FlatnessResult:
+        attack = Pgd(LinfBall(EPSILON), steps=steps, step_size=STEP)
+        return measured(AverageFlatness(trials=trials, attack=attack, search=search), subject)
+
+    few = min(given.steps, 2)
+    ways = {"literal": Way(lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few))}
     for search in given.search:
-        average = AverageFlatness(trials=given.trials, attack=attack, search=search)
-        cases["average case"][f"search {search}"] = lambda m=average: m(model, x, y, reference=reference)
-        if search != "bf16":  # the ascent stays in fp32
-            worst = WorstFlatness(restarts=given.trials, steps=given.steps, search=search)
-            cases["worst case"][f"search {search}"] = lambda m=worst: m(model, x, y, reference=reference)
-    print(f"ResNet-18, {given.channels} channels, {given.images} images, {given.trials} trials x {given.steps} steps")
-    print(f"torch {torch.__version__}, {platform.machine()}, {given.threads} threads")
-    print(f"CPU seconds, median of {given.repeats}")
-    for case, ways in cases.items():
-        seconds = timed(ways, given.repeats)
-        for way, value in seconds.items():
-            print(f"  {case:<13} {way:<13} {value:8.2f} s   ratio {seconds['literal'] / value:5.2f}")
-    print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        ways[f"ours, {search}"] = Way(
+            lambda search=search: ours(search, given.trials, given.steps),
+            goal=AVERAGE_GOALS.get(search),
+            gflop=need,
+            half=search == "bf16",
+            brief=lambda search=search: ours(search, 1, few),
+        )
+    return ways
 
 
-def subject(channels: int, count: int) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = resnet18(classes=10, channels=channels, mean=[0.5] * 3, std=[0.25] * 3)
-    x, y = torch.rand(count, 3, 32, 32), torch.randint(0, 10, (count,))
-    with torch.no_grad():
-        model(x)  # batch-norm statistics that are not those of a new layer
-    return model.eval(), x, y
+def worst(subject: Subject, given: argparse.Namespace) -> dict[str, Way]:
+    """By step: a forward pass and gradients of images and weights; a forward pass at the last point."""
+    need = given.trials * (3 * given.steps + 1) * subject.gflop
+
+    def literal(restarts: int, steps: int) -> Tensor:
+        model, x, y, _, _ = subject
+        draws = [generator_for(0, "ascent", restart, 0, device=x.device) for restart in range(restarts)]
+        return torch.stack([literal_ascent(model, x, y, steps=steps, generator=drawn) for drawn in draws])
+
+    def ours(search: str, restarts: int, steps: int) -> FlatnessResult:
+        return measured(WorstFlatness(restarts=restarts, steps=steps, search=search), subject)
+
+    few = min(given.steps, 2)
+    ways = {"literal": Way(lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few))}
+    for search in given.search:
+        ways[f"ours, {search}"] = Way(
+            lambda search=search: ours(search, given.trials, given.steps),
+            goal=WORST_GOALS.get(search),
+            gflop=need,
+            brief=lambda search=search: ours(search, 1, few),
+        )
+    return ways
 
 
-def timed(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each way (a busy machine hardly changes them); the ways take turns."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, run in ways.items():
-            start = time.process_time()
-            run()
-            found[way].append(time.process_time() - start)
-    return {way: median(values) for way, values in found.items()}
+def measured(measure: AverageFlatness | WorstFlatness, subject: Subject) -> FlatnessResult:
+    model, x, y, reference, _ = subject
+    return measure(model, x, y, reference=reference, batch_size=len(x))
 
 
-def literal_average(model: nn.Module, x: Tensor, y: Tensor, trials: int, steps: int) -> Tensor:
-    names, losses = perturbable(model).keys(), []
-    for _ in range(trials):
-        moved = copy.deepcopy(model)
-        for name, parameter in moved.named_parameters():
-            if name in names:
-                direction = torch.randn_like(parameter)
-                parameter.data += 0.5 * parameter.norm() * torch.rand(()) * direction / direction.norm()
-        x_adv = literal_pgd(moved, x, y, steps)
-        losses.append(F.cross_entropy(moved(x_adv), y, reduction="none").detach())
-    return torch.stack(losses)
-
-
-def literal_pgd(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    delta = (2 * torch.rand_like(x) - 1) * EPSILON
-    best, best_loss = delta.clone(), torch.full((len(x),), -float("inf"))
-    for _ in range(steps):
-        delta = delta.detach().requires_grad_()
-        model.zero_grad()
-        loss = F.cross_entropy(model(x + delta), y, reduction="none")
-        loss.sum().backward()
-        better = loss.detach() > best_loss
-        best = torch.where(better[:, None, None, None], delta.detach(), best)
-        best_loss = torch.where(better, loss.detach(), best_loss)
-        assert delta.grad is not None
-        delta = (delta.detach() + INPUT_STEP * delta.grad.sign()).clamp(-EPSILON, EPSILON)
-        delta = (x + delta).clamp(0, 1) - x
-    return x + best
-
-
-def literal_worst(model: nn.Module, x: Tensor, y: Tensor, restarts: int, steps: int) -> Tensor:
-    names, losses = perturbable(model).keys(), []
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if name in names}
-    ball, stride = WeightBall(0.003), WeightBall(0.001)
-    for _ in range(restarts):
-        nu = ball.sample(weights)
-        delta = (2 * torch.rand_like(x) - 1) * EPSILON
-        for _ in range(steps):
-            moved = copy.deepcopy(model)
-            for name, parameter in moved.named_parameters():
-                if name in nu:
-                    parameter.data += nu[name]
-            delta = delta.detach().requires_grad_()
-            F.cross_entropy(moved(x + delta), y).backward()
-            grads = {n: p.grad for n, p in moved.named_parameters() if n in nu and p.grad is not None}
-            step = stride.steepest(grads, weights)
-            nu = ball.project({name: nu[name] + step[name] for name in nu}, weights)
-            assert delta.grad is not None
-            delta = (delta.detach() + INPUT_STEP * delta.grad.sign()).clamp(-EPSILON, EPSILON)
-        moved = copy.deepcopy(model)
-        for name, parameter in moved.named_parameters():
-            if name in nu:
-                parameter.data += nu[name]
-        losses.append(F.cross_entropy(moved(x + delta), y, reduction="none").detach())
-    return torch.stack(losses)
+def values(subject: Subject, found: Mapping[str, Tensor | FlatnessResult]) -> dict[str, dict[str, str]]:
+    """The flatness found, and how far the mean loss of a trial is from the literal one at most."""
+    losses = {name: f.losses if isinstance(f, FlatnessResult) else f.cpu() for name, f in found.items()}
+    first = next(iter(losses.values())).mean(dim=1)
+    worst_case = any(isinstance(f, FlatnessResult) and f.reduction == "max" for f in found.values())
+    result = {}
+    for name, of_trials in losses.items():
+        trials = of_trials.mean(dim=1)
+        rises = trials - subject.reference.mean().cpu()
+        flatness = float(rises.max() if worst_case else rises.mean())
+        distance = float((trials - first).abs().max())
+        result[name] = {"flatness found": f"{flatness:.4f}", "largest difference of a trial": f"{distance:.1e}"}
+    return result
 
 
 if __name__ == "__main__":

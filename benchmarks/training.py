@@ -4,17 +4,18 @@
     python benchmarks/training.py --channels 64 --rounds 3
     python benchmarks/training.py --limits                       also the machine's own rates
 
-"Literal" is what common scripts do: the network as it is, weight gradients computed in the attack by `backward()`, the
-adversarial loss kept with one `.item()` per example and step. All start from the same weights; the attack's value
-(mean cross-entropy reached, judged by the plain float32 network) stands beside its time.
+All start from the same weights and draws. The value that an attack reached (mean cross-entropy, judged by the plain
+float32 network) and the loss of the first training step stand beside the times.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
@@ -22,144 +23,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Table, Way, in_turn, limits, parser, peak_memory
+from benchmarks.harness import Report, Way, limits, parser
+from benchmarks.literal import literal_pgd
+from benchmarks.subjects import EPSILON, STEP, forward_gflop, made_up
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.searching import Searching
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.gradients.plain import Plain
 from robustflat.losses.cross_entropy import CrossEntropy
-from robustflat.models.inference import keep_freed_memory
-from robustflat.models.resnet import resnet18
 from robustflat.training.optimizers import sgd
-from robustflat.types import AdvBatch, Batch
+from robustflat.types import AdvBatch, Batch, LossTerms
 
-EPSILON, STEP = 8 / 255, 0.007
+PGD_GOALS = {"ours, fp32": 2.4, "ours, bf16": 4.3}
+STEP_GOALS = {"ours, fp32": 1.7, "ours, bf16": 3.0}
+MEMORY_GOALS = {"ours, fp32": 0.45, "ours, bf16": 0.25}
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(__doc__)
+    result.add_argument("--channels", type=int, default=16)
+    result.add_argument("--images", type=int, default=128)
+    result.add_argument("--pgd", type=int, nargs="*", default=[7, 20], help="steps of PGD (default: 7 20)")
+    result.add_argument("--limits", action="store_true")
+    return result
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--channels", type=int, default=16)
-    options.add_argument("--images", type=int, default=128)
-    options.add_argument("--pgd", type=int, nargs="*", default=[7, 20], help="steps of PGD (default: 7 20)")
-    options.add_argument("--limits", action="store_true")
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+    given = options().parse_args()
+    report = Report(given)
+    report.goals = (given.channels, given.images) == (16, 128)
     if given.limits:
         for name, value in limits(given.device).items():
             print(f"{name} {value:.4g}")
-    model, x, y = subject(given.channels, given.images, given.device)
+    model, x, y = made_up(given.channels, given.images, given.device)
     what = f"ResNet-18, {given.channels} channels, batch {given.images}, {given.device}"
+    work = (given.images, "images")
+    if given.memory and given.pgd:
+        report.compare_memory(
+            f"Peak memory of PGD-{given.pgd[0]}, {what}", attacks(model, x, y, given.pgd[0]), MEMORY_GOALS
+        )
     for steps in given.pgd:
-        if given.device == "cpu" and steps == 7:
-            memory(model, x, y, steps)
-        keep_freed_memory()
         ways = attacks(model, x, y, steps)
-        notes = {name: {"loss found": f"{reached(model, run, y):.4f}"} for name, run in ways.items()}
-        timings = in_turn(ways, given.rounds, device=given.device, warm=False)
-        Table(f"PGD-{steps}, {what}", "literal", images=given.images).report(timings, notes)
-    timings = in_turn(steps_of_training(model, x, y), given.rounds, device=given.device)
-    Table(f"AT step, PGD-7, {what}", "literal", images=given.images).report(timings)
-
-
-def subject(channels: int, count: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network with statistics of made-up images, and those images."""
-    torch.manual_seed(0)
-    model = resnet18(classes=10, channels=channels, mean=[0.5] * 3, std=[0.25] * 3).to(device)
-    x, y = torch.rand(count, 3, 32, 32, device=device), torch.randint(0, 10, (count,), device=device)
-    with torch.no_grad():
-        model(x)
-    return model.eval(), x, y
+        report.compare(f"PGD-{steps}, {what}", ways, judge=lambda found: reached(model, found, y), work=work)
+    report.compare(f"AT step, PGD-7, {what}", steps_of_training(model, x, y), judge=first_losses, work=work)
 
 
 @torch.no_grad()
-def reached(model: nn.Module, run: Callable[[], Tensor], y: Tensor) -> float:
-    """Mean cross-entropy of an attack's result under the plain network."""
-    with torch.enable_grad():
-        x_adv = run().detach()
-    return float(F.cross_entropy(model(x_adv), y))
+def reached(model: nn.Module, found: Mapping[str, Tensor], y: Tensor) -> dict[str, dict[str, str]]:
+    """Mean cross-entropy of each attack's images under the plain network."""
+    return {name: {"loss found": f"{F.cross_entropy(model(x_adv), y):.4f}"} for name, x_adv in found.items()}
 
 
-def attacks(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, Callable[[], Tensor]]:
-    def ours(search: str) -> Callable[[], Tensor]:
+def first_losses(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    return {name: {"loss of the first step": f"{float(loss):.4f}"} for name, loss in found.items()}
+
+
+def attacks(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, Way]:
+    need = (2 * steps + 1) * forward_gflop(
+        model, x
+    )  # a forward pass at every iterate, an input gradient at all but one
+
+    def literal(steps: int) -> Callable[[], Tensor]:
+        return lambda: literal_pgd(model, x, y, steps, torch.Generator(x.device).manual_seed(0))
+
+    def ours(search: str, steps: int) -> Callable[[], Tensor]:
         attack = Searching(Pgd(LinfBall(EPSILON), steps=steps, step_size=STEP), search)
-        return lambda: attack(model, x, y, generator=torch.Generator(x.device).manual_seed(0)).x_adv
+        return lambda: attack(model, x, y, generator=torch.Generator(x.device).manual_seed(0)).x_adv.detach()
 
-    return {"literal": lambda: literal_pgd(model, x, y, steps)} | {
-        f"ours, {search}": ours(search) for search in ("plain", "fp32", "bf16")
-    }
-
-
-def literal_pgd(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(0)
-    delta = (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1) * EPSILON
-    best, best_loss = delta.clone(), [-float("inf")] * len(x)
-    for step in range(steps + 1):
-        delta = delta.detach().requires_grad_()
-        loss = F.cross_entropy(model(x + delta), y, reduction="none")
-        for i in range(len(x)):
-            if loss[i].item() > best_loss[i]:
-                best_loss[i] = loss[i].item()
-                best[i] = delta[i].detach()
-        model.zero_grad()
-        loss.sum().backward()
-        assert delta.grad is not None
-        if step < steps:
-            delta = (delta.detach() + STEP * delta.grad.sign()).clamp(-EPSILON, EPSILON)
-            delta = (x + delta).clamp(0, 1) - x
-    return x + best
+    ways = {"literal": Way(literal(steps), gflop=need, brief=literal(min(steps, 2)))}
+    for search in ("plain", "fp32", "bf16"):
+        ways[f"ours, {search}"] = Way(
+            ours(search, steps),
+            goal=PGD_GOALS.get(f"ours, {search}"),
+            gflop=need,
+            half=search == "bf16",
+            brief=ours(search, min(steps, 2)),
+        )
+    return ways
 
 
 def steps_of_training(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Way]:
     """One optimizer step each, on a copy of the network each."""
+    need = (2 * 7 + 1 + 3) * forward_gflop(model, x)  # the attack; then forward, and gradients of inputs and weights
 
-    def literal() -> Way:
+    def literal() -> Callable[[], Tensor]:
         network = copy.deepcopy(model)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-        def run() -> None:
+        def run() -> Tensor:
             network.eval()
-            x_adv = literal_pgd(network, x, y, 7)
+            x_adv = literal_pgd(network, x, y, 7, torch.Generator(x.device).manual_seed(0))
             network.train()
             optimizer.zero_grad()
-            F.cross_entropy(network(x_adv), y).backward()
+            loss = F.cross_entropy(network(x_adv), y)
+            loss.backward()
             optimizer.step()
+            return loss.detach()
 
         return run
 
-    def ours(search: str, half: bool) -> Way:
+    def ours(search: str, half: bool) -> Callable[[], Tensor]:
         network = copy.deepcopy(model).train()
         optimizer = sgd(network, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
         attack = Searching(Pgd(LinfBall(EPSILON), steps=7, step_size=STEP), search)
         loss, rule = CrossEntropy(), Plain()
 
         def craft() -> AdvBatch:
-            return loss.craft(network, attack, Batch(x, y))
+            return loss.craft(network, attack, Batch(x, y), torch.Generator(x.device).manual_seed(0))
 
-        def run() -> None:
+        def score(batch: AdvBatch) -> LossTerms:
+            return loss(network, batch)
+
+        def run() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
-                rule(network, craft, lambda batch: loss(network, batch))
+                parts = rule(network, craft, score)
             optimizer.step()
+            return parts["loss"]
 
         return run
 
-    return {
-        "literal": literal(),
-        "ours, plain": ours("plain", False),
-        "ours, fp32": ours("fp32", False),
-        "ours, bf16 search": ours("bf16", False),
-        "ours, bf16": ours("bf16", True),
-    }
-
-
-def memory(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    """Peak memory of one attack, in a process of its own each."""
-    print("\nPeak memory of PGD, MiB above the start\n\n| | MiB | of literal |\n|---|---:|---:|")
-    first = None
-    for name, run in attacks(model, x, y, steps).items():
-        used = peak_memory(run)
-        first = first or used
-        print(f"| {name} | {used:.0f} | {used / first:.2f} |", flush=True)
+    ways = {"literal": Way(literal(), gflop=need)}
+    for name, search, half in (
+        ("ours, plain", "plain", False),
+        ("ours, fp32", "fp32", False),
+        ("ours, bf16 search", "bf16", False),
+        ("ours, bf16", "bf16", True),
+    ):
+        ways[name] = Way(ours(search, half), goal=STEP_GOALS.get(name), gflop=need, half=half)
+    return ways
 
 
 if __name__ == "__main__":

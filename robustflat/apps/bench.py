@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from robustflat.apps.collect import Origin, rows_of
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
+from robustflat.apps.profiling import Parts
 from robustflat.attacks.describe import describe
 from robustflat.attacks.ensemble_progress import Progress
 from robustflat.attacks.nested import ball_of, is_black_box
@@ -61,6 +62,7 @@ class Bench:
         console: where progress goes.
         facts: provenance that is stored with every result.
         prefix: put before names of splits in the store: tells other data from the run's own.
+        parts: what times and records each piece; `None`: nothing does.
     """
 
     plan: EvaluationPlan
@@ -70,6 +72,11 @@ class Bench:
     console: Console
     facts: Mapping[str, object]
     prefix: str = ""
+    parts: Parts | None = None
+
+    def profiled(self, label: str) -> AbstractContextManager[None]:
+        """Inside is a part of the profile, if one is wanted."""
+        return nullcontext() if self.parts is None else self.parts.part(label)
 
     @property
     def seed(self) -> int:
@@ -143,7 +150,7 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
             _copy(bench, twin, name, file)
             continue
         label = f"{file.name}: {piece.name} on {piece.split}"
-        with bench.console.status(f"{label} (piece {number} of {len(pieces)})"):
+        with bench.console.status(f"{label} (piece {number} of {len(pieces)})"), bench.profiled(label):
             (arrays, details), spent = _counted(bench, model, partial(_measure, bench, file, model, key, piece))
         seconds = spent["seconds"]
         made = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}
@@ -244,7 +251,8 @@ def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkF
     if bench.settings["force"] or not bench.store.has(name, key):
         require_sound_network(bench, file, model)
         forget_other_weights(bench.store, bench.console, file, weights)
-        with bench.console.status(f"{file.name}: {SELECTION} on {split}"):
+        label = f"{file.name}: {SELECTION} on {split}"
+        with bench.console.status(label), bench.profiled(label):
             arrays, spent = _counted(bench, model, partial(_selection_arrays, bench, model, split))
         piece = Piece("attacks", "selection", split, SELECTION)
         attrs = {**_attributes(bench, file, model, piece), KEY: key, "weights": weights, **spent}

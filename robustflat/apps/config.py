@@ -21,7 +21,7 @@ NOT_IDENTITY = (
     "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
     "trusted_packages", "dataset.device", "dataset.source.root", "dataset.source.download",
     "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "dataset.source.cache",
-    "trainer.log_every", "force", "explain", "deterministic",
+    "trainer.log_every", "force", "explain", "profile", "deterministic",
 )  # fmt: skip
 """What may change without making another run. A forgotten entry here costs a needless run; an include list
 would silently reuse the wrong one."""
@@ -48,6 +48,7 @@ class Root:
     data_root: str = "${oc.env:ROBUSTFLAT_DATA,data}"
     force: bool = False
     explain: bool = False
+    profile: Any = False
     deterministic: bool = False
     trusted_packages: list[str] = field(default_factory=list)
 

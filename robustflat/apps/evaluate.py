@@ -34,6 +34,7 @@ from robustflat.apps.networks import (
     stored_config,
     weights_of,
 )
+from robustflat.apps.profiling import Parts, profile_settings
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.surrogates import give_surrogates, name_surrogates
@@ -69,6 +70,7 @@ class EvaluateRoot:
     outputs: str = "outputs"
     data_root: str | None = None
     force: bool = False
+    profile: Any = False
     trusted_packages: list[str] = field(default_factory=list)
 
 
@@ -137,6 +139,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
             folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()} | origin)
         facts = provenance(command)
+        parts = Parts(profile_settings(config.profile), folder.path, console)
         bench = Bench(
             plan=plan,
             dataset=dataset,
@@ -145,11 +148,13 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             console=console,
             facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
             prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            parts=parts,
         )
         console.print(dataset.describe(), markup=False)
         if plan.selection is not None and run is not None:
             files = [_early_stopped(config, bench, run)]
         names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
+        parts.write()
         rows = bench.rows(names)
         print_evaluation(console, rows, bench, files, names)
     return rows

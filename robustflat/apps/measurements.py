@@ -9,6 +9,7 @@ import torch
 
 import robustflat
 from robustflat.apps.build import build
+from robustflat.apps.profiling import Parts, profile_settings
 from robustflat.apps.surrogates import give_surrogates
 from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.models.modes import evaluating
@@ -37,12 +38,14 @@ def measure(session: Session, key: str) -> dict[str, Any]:
     stored = folder.read_json(RESULTS)
     results = stored.get(key) if isinstance(stored.get(key), dict) and not config.force else None
     results = results or {"facts": facts(session), "description": describe(session, plan), "weights": {}}
+    parts = Parts(profile_settings(config.profile), folder.path, session.console)
     for name, model in session.trainer.networks().items():
         measured = results["weights"].setdefault(name, {})
         for piece in _pieces(plan, measure_flatness):
             if piece in measured:
                 continue
-            with session.console.status(f"measuring {piece} ({name} weights)"):
+            label = f"{piece} ({name} weights)"
+            with session.console.status(f"measuring {label}"), parts.part(label):
                 if piece == "flatness":
                     with evaluating(model):
                         values = plan.measure_flatness(model, session.dataset, measure_flatness, seed=config.seed)
@@ -52,6 +55,7 @@ def measure(session: Session, key: str) -> dict[str, Any]:
             folder.write_json(RESULTS, {**stored, key: {**results, "complete": False}})
     results["complete"] = True
     folder.write_json(RESULTS, {**stored, key: results})
+    parts.write()
     session.logger.summary(dict(_flat(results["weights"], "final")))
     return results
 

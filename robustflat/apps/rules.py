@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
+from robustflat.apps.profiling import profile_settings
 from robustflat.errors import UserError
 
 Rule = Callable[[DictConfig], Iterator[str]]
@@ -81,6 +82,13 @@ def _flatness_is_meaningful(config: DictConfig) -> Iterator[str]:
         yield "evaluation.flatness names examples, but there is no flatness measure: evaluation.flatness=null."
 
 
+def _profile_is_readable(config: DictConfig) -> Iterator[str]:
+    try:
+        profile_settings(_get(config, "profile"))
+    except UserError as error:
+        yield str(error)
+
+
 RULES: tuple[Rule, ...] = (
     _same_classes,
     _mean_per_channel,
@@ -89,4 +97,5 @@ RULES: tuple[Rule, ...] = (
     _wrappers_need_class_labels,
     _snapshots_within_training,
     _flatness_is_meaningful,
+    _profile_is_readable,
 )

@@ -30,6 +30,7 @@ from robustflat.apps.explain import print_method
 from robustflat.apps.isolated import run_isolated
 from robustflat.apps.measurements import measure
 from robustflat.apps.messages import complain, explained
+from robustflat.apps.profiling import profiled
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
@@ -133,7 +134,8 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         key = evaluation_key(config)
         results = folder.read_json("results.json").get(key)
         if folder.done and results and results["complete"] and not config.force:
-            console.print(f"This run is done (nothing was trained): {path}")
+            what = ", so that there is nothing to profile" if config.profile else ""
+            console.print(f"This run is done (nothing was trained{what}): {path}")
         else:
             session = trained(config, folder, name=name, command=command, console=console)
             try:
@@ -304,7 +306,7 @@ def train(session: Session) -> None:
     """Train to the end, saving after each epoch, then mark the run as done."""
     status, start = "failed", time.perf_counter()
     try:
-        with _stopping_politely(session.trainer):
+        with _stopping_politely(session.trainer), profiled(session):
             session.trainer.fit()
         status = "done"
     except (KeyboardInterrupt, TrainingStopped):

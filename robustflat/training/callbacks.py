@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of the training loop, which all do nothing here."""
+    """Hooks of the training loop, which all do nothing here.
+
+    Attributes:
+        in_checkpoints: whether checkpoints hold its state; a run that was saved with such a callback needs it again.
+    """
+
+    in_checkpoints = True
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step; after a resume `load_state_dict` has been called already."""

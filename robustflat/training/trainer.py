@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from robustflat.attacks.pgd import NoAttack
 from robustflat.attacks.searching import Searching
@@ -199,7 +200,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "streams": self.streams.state_dict(),
             "data": self.data.state_dict(),
-            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
+            "callbacks": {name: callback.state_dict() for name, callback in self._saved_callbacks.items()},
             "random": random,
             "means": self._means.state_dict(),
             "epoch": self.epoch,
@@ -215,7 +216,7 @@ class Trainer:
         """
         state = {"means": {}, **state}  # checkpoints of version 0.1.0 were written after an epoch only
         _require_same_names("parts", self.state_dict(), state)
-        _require_same_names("callbacks", self.callbacks, state["callbacks"])
+        _require_same_names("callbacks", self._saved_callbacks, state["callbacks"])
         load_into(self.model, state["model"])
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -224,7 +225,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.streams.load_state_dict(state["streams"])
         self.data.load_state_dict(state["data"])
-        for name, callback in self.callbacks.items():
+        for name, callback in self._saved_callbacks.items():
             callback.load_state_dict(state["callbacks"][name])
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:
@@ -234,6 +235,10 @@ class Trainer:
         self.history = [dict(entry) for entry in state["history"]]
 
     @property
+    def _saved_callbacks(self) -> dict[str, Callback]:
+        return {name: callback for name, callback in self.callbacks.items() if callback.in_checkpoints}
+
+    @property
     def _device(self) -> torch.device:
         return device_of(self.model)
 
@@ -241,16 +246,17 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def _next_batch(self) -> AdvBatch:
-        batch = next(self.data)
+        with record_function("data"):
+            batch = next(self.data)
         self._clock.images += len(batch.x)
-        with self._autocast():
+        with record_function("craft"), self._autocast():
             crafted = self.loss.craft(self.model, self.attack, batch, self.streams["attack"])
         for callback in self.callbacks.values():
             callback.after_craft(self)
         return crafted
 
     def _score(self, batch: AdvBatch) -> LossTerms:
-        with self._autocast():
+        with record_function("score"), self._autocast():
             return self.loss(self.model, batch, self.streams["loss"])
 
     def _train_epoch(self) -> None:
@@ -258,7 +264,8 @@ class Trainer:
             if self.stop_requested:
                 self._stop()
             self._train_step()
-        self._end_epoch()
+        with record_function("epoch end"):
+            self._end_epoch()
 
     def _stop(self) -> None:
         """Let callbacks save the state between two steps, unless it is not worth saving, and end training."""
@@ -278,8 +285,9 @@ class Trainer:
         if isinstance(self.gradient, FollowsTraining):
             self.gradient.follow(epoch=self.epoch, step=self.step, generator=self.streams["weights"])
         self._means.add(self.gradient(self.model, self._next_batch, self._score))
-        self.optimizer.step()
-        self.schedule.step()
+        with record_function("update"):
+            self.optimizer.step()
+            self.schedule.step()
         self.step += 1
         self._clock.steps += 1
         for callback in self.callbacks.values():
