@@ -18,6 +18,9 @@ from robustflat.types import Forward, Found, Objective
 LOOK_EVERY = 5
 """Steps between two looks at who is fooled: each look waits for the device."""
 
+FILL = 64
+"""Images that a forward pass is filled to where few examples are left: smaller passes cost nearly as much."""
+
 Confirm = Callable[[Tensor, Tensor], Tensor]
 """(images (B, C, H, W), labels) -> bool (B,): whether the plain model is fooled by them."""
 
