@@ -55,7 +55,8 @@ class Pack:
     """The examples still searched for, packed without gaps; subclasses add the state of their search.
 
     Every field has one row per example: `rows` says which row of the whole batch it is; `caught` is the last
-    point that fooled the model in the search, if `fooled`.
+    point that fooled the model in the search, if `fooled`. An example that is searched towards several targets at
+    once has a row for each, and all leave together.
     """
 
     rows: Tensor
@@ -101,7 +102,7 @@ class Record:
 
     def spend(self, pack: Pack, passes: int) -> None:
         """Count `passes` forward passes for every example of the pack."""
-        self.queries[pack.rows] += passes
+        self.queries.index_add_(0, pack.rows, torch.full_like(pack.rows, passes))
 
     def settle(self, pack: AnyPack) -> AnyPack:
         """Write down who is fooled and return the others; those not confirmed are searched on."""
@@ -115,11 +116,10 @@ class Record:
             claimed, caught = claimed[real], caught[real]
             pack.fooled = torch.zeros_like(pack.fooled)
         rows = pack.rows[claimed]
-        self.found.x_adv[rows] = caught
+        first = first_of_each(rows)
+        self.found.x_adv[rows[first]] = caught[first]
         self.found.fooled[rows] = True
-        others = torch.ones_like(pack.fooled)
-        others[claimed] = False
-        return pack.take(others.nonzero().flatten())
+        return pack.take((~self.found.fooled[pack.rows]).nonzero().flatten())
 
     def result(self, forward: Forward, objective: Objective) -> Hunted:
         """All results, with the objective's value computed at the points that the search stopped at."""
@@ -141,6 +141,13 @@ def begin(
     clean = judge(forward, x, y, objective)
     fooled = clean.fooled.clone() if confirm is None else clean.fooled & confirm(x, y)
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)
+
+
+def first_of_each(rows: Tensor) -> Tensor:
+    """Where each value of `rows`, int64 (M,), stands for the first time; ordered by value."""
+    values, inverse = rows.unique(return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.full_like(values, len(rows)).scatter_reduce(0, inverse, places, "amin")
 
 
 def nothing_hunted(x: Tensor) -> Hunted:

@@ -156,3 +156,20 @@ def test_of_probabilities_the_most_probable_class_is_the_label() -> None:
     soft = nn.functional.one_hot(y, 3) * 0.6 + 0.1
     one, other = (Fab(L2Ball(0.2), steps=5).closest(model, x, labels, seeded()) for labels in (y, soft))
     assert torch.equal(one.x_adv, other.x_adv)
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.03), L2Ball(0.3), L1Ball(1.5)], ids=lambda ball: ball.norm)
+def test_targets_side_by_side_give_the_verdicts_of_one_after_another(
+    ball: InputBall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = cnn_cifar10(torch.float64)
+    x, y = x[:10], y[:10]
+    attack = Fab(ball, steps=12, targets=5, stop_when_fooled=True)
+    together = attack.hunt(model, x, y).found
+    monkeypatch.setattr("robustflat.attacks.fab.FILL", 1)
+    alone = attack.hunt(model, x, y).found
+    assert torch.equal(together.fooled, alone.fooled)
+    assert 0 < int(alone.fooled.sum()) < 10
+    resists = ~alone.fooled
+    torch.testing.assert_close(together.x_adv[resists], alone.x_adv[resists], rtol=0, atol=1e-6)
+    assert torch.equal(model(together.x_adv).argmax(1) != y, together.fooled)
