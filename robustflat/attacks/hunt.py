@@ -104,21 +104,29 @@ class Record:
         """Count `passes` forward passes for every example of the pack."""
         self.queries.index_add_(0, pack.rows, torch.full_like(pack.rows, passes))
 
-    def settle(self, pack: AnyPack) -> AnyPack:
-        """Write down who is fooled and return the others; those not confirmed are searched on."""
+    def claims(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Places in the pack, int64 (M,), of those really fooled, and the images; all are searched for as before."""
         claimed = pack.fooled.nonzero().flatten()
-        if len(claimed) == 0:
-            return pack
         # The search may keep to the ball only up to rounding; the result keeps to it strictly.
         caught = self.ball.project(pack.caught[claimed], pack.x[claimed])
-        if self.confirm is not None:
+        if len(claimed) and self.confirm is not None:
             real = self.confirm(caught, pack.y[claimed])
             claimed, caught = claimed[real], caught[real]
             pack.fooled = torch.zeros_like(pack.fooled)
-        rows = pack.rows[claimed]
+        return claimed, caught
+
+    def write(self, rows: Tensor, caught: Tensor) -> None:
+        """Take images (M, C, H, W) that fool the model for `rows`; the first one for an example that has several."""
         first = first_of_each(rows)
         self.found.x_adv[rows[first]] = caught[first]
         self.found.fooled[rows] = True
+
+    def settle(self, pack: AnyPack) -> AnyPack:
+        """Write down who is fooled and return the others; those not confirmed are searched on."""
+        claimed, caught = self.claims(pack)
+        if len(claimed) == 0:
+            return pack
+        self.write(pack.rows[claimed], caught)
         return pack.take((~self.found.fooled[pack.rows]).nonzero().flatten())
 
     def result(self, forward: Forward, objective: Objective) -> Hunted:
