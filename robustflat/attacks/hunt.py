@@ -71,8 +71,7 @@ class Pack:
 
     def catch(self, point: Tensor, fooled: Tensor) -> None:
         """Remember `point` where it fools the model, bool (B,)."""
-        shape = (-1, *[1] * (point.ndim - 1))
-        self.caught = torch.where(fooled.view(shape), point, self.caught)
+        self.caught = pick(fooled, point, self.caught)
         self.fooled = self.fooled | fooled
 
 
@@ -151,9 +150,15 @@ def begin(
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)
 
 
+def pick(take: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Images `one` where take, bool (B,), holds, `other` elsewhere; as `judging.choose`, for finite values only."""
+    # With weights 0 and 1 lerp selects exactly; on a CPU torch.where takes more than twice as long.
+    return torch.lerp(other, one, take.to(other.dtype).view(-1, *[1] * (one.ndim - 1)))
+
+
 def first_of_each(rows: Tensor) -> Tensor:
     """Where each value of `rows`, int64 (M,), stands for the first time; ordered by value."""
-    values, inverse = rows.unique(return_inverse=True)
+    values, inverse = torch.unique(rows, return_inverse=True)
     places = torch.arange(len(rows), device=rows.device)
     return torch.full_like(values, len(rows)).scatter_reduce(0, inverse, places, "amin")
 

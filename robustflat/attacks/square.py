@@ -198,7 +198,7 @@ class Square:
         points, x = run.point[which], run.x[which]
         sizes = tried.sum(dim=1).tolist()
         for proposal, rows, part, centre in zip(
-            proposals, which.split(sizes), points.split(sizes), x.split(sizes), strict=True
+            proposals, *(torch.split(part, sizes) for part in (which, points, x)), strict=True
         ):
             if len(rows):
                 apply_(proposal.take(rows), self.ball, part, centre)
