@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustflat.attacks.duals import kth_largest, project_l1
-from robustflat.attacks.hunt import Pack
+from robustflat.attacks.hunt import Pack, pick
 from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import normal, positive, uniform
 
@@ -25,6 +25,7 @@ _LONGEST_TO_SHORTEST = 10.0
 class Ascent(Pack):
     """State of an ascent, one row per example: where it is, where it was best, and how it has been going."""
 
+    turn: Tensor  # which of the runs side by side, from 0
     previous: Tensor
     point: Tensor
     grad: Tensor
@@ -43,7 +44,7 @@ class Ascent(Pack):
         """Take note of the value and gradient at a new point; `None`: the last point, which needs none."""
         better = value > self.best_value
         shape = (-1, *[1] * (point.ndim - 1))
-        self.best_point = torch.where(better.view(shape), point, self.best_point)
+        self.best_point = pick(better, point, self.best_point)
         self.best_value = torch.where(better, value, self.best_value)
         if grad is not None:
             self.best_grad = torch.where(better.view(shape), grad, self.best_grad)
@@ -196,6 +197,18 @@ def random_start(ball: InputBall, x: Tensor, generator: torch.Generator | None) 
     return ball.project(x + noise, x)
 
 
+def random_starts(
+    ball: InputBall, x: Tensor, turns: int, generator: torch.Generator | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Starts of runs side by side, x holding the images of all, and the generator's state after each's draws."""
+    starts, states = [], []
+    for part in x.chunk(turns):
+        starts.append(random_start(ball, part, generator))
+        if generator is not None and turns > 1:
+            states.append(generator.get_state())
+    return torch.cat(starts), states
+
+
 def wider(ball: InputBall, factor: float) -> InputBall:
     """Ball of the same kind with `factor` times the radius (L-infinity: at most the whole box)."""
     epsilon = ball.epsilon * factor
@@ -211,6 +224,7 @@ def depart(
     pixels = float(x[0].numel())
     support = changed_pixels(point, x)
     return Ascent(
+        turn=torch.zeros_like(rows),
         rows=rows,
         x=x,
         y=y,

@@ -6,7 +6,7 @@ targets); Croce and Hein, "Mind the box", ICML 2021 (L1: sparse steps, decreasin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ from robustflat.attacks.apgd_steps import (
     Steps,
     depart,
     follow_sparsity,
-    random_start,
+    random_starts,
     wider,
 )
-from robustflat.attacks.hunt import LOOK_EVERY, Confirm, Hunted, Record, begin, nothing_hunted
+from robustflat.attacks.apgd_turns import Turns
+from robustflat.attacks.hunt import FILL, LOOK_EVERY, Confirm, Hunted, Record, begin, nothing_hunted
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, judge, require_values
 from robustflat.attacks.objectives import (
@@ -49,6 +50,9 @@ class AutoPgd:
     In an L1 ball a step moves the pixels with the largest gradients by equal amounts. Their share starts at 1/5
     and follows the sparsity of the best point; the step shrinks by 1.5, down to a tenth, while that sparsity
     stays, and starts afresh when it has fallen.
+
+    With `stop_when_fooled`, the runs after the first share their passes where few examples are left. Their results
+    are those of one after another, random starts included: what follows a run with a success is repeated.
 
     Args:
         ball: the allowed images around each x.
@@ -151,24 +155,27 @@ class AutoPgd:
             reported = objective or self.objective
             record = begin(forward, x, y, self.ball, reported, confirm)
             keep = "fooled" if self.stop_when_fooled or (self.aims and objective is None) else "best"
-            for goal, aim in self._plans(forward, x, y, objective):
+            goal, aims = objective or self.searched, list(self._aims(forward, x, y, objective))
+            shares = self.stop_when_fooled and self.eot == 1 and generator is not None
+            most = 1  # the first run breaks most of what can be broken
+            while aims:
                 rows = record.open() if self.stop_when_fooled else torch.arange(len(x), device=x.device)
                 if len(rows) == 0:
                     break
-                self._run(_Search(forward, goal, reported, keep, record, generator), x[rows], aim[rows], rows)
+                turns = Turns(record, min(max(most // len(rows), 1), len(aims)))
+                most = FILL if shares else 1
+                search = _Search(forward, goal, reported, keep, record, generator, turns)
+                aims = aims[self._run(search, x, aims, rows) :]
             return record.result(forward, reported)
 
-    def _plans(
-        self, forward: Forward, x: Tensor, y: Tensor, objective: Objective | None
-    ) -> Iterator[tuple[Objective, Tensor]]:
-        """Objective and labels of one run after another."""
-        if objective is not None or not self.aims:
-            for _ in range(self.restarts):
-                yield objective or self.searched, y
-            return
-        for target in wrong_classes(forward, x, y, self.targets).unbind(dim=1):
-            for _ in range(self.restarts):
-                yield self.searched, with_target(y, target)
+    def _aims(self, forward: Forward, x: Tensor, y: Tensor, objective: Objective | None) -> Iterator[Tensor]:
+        """Labels of one run after another."""
+        aims = [y]
+        if objective is None and self.aims:
+            targets = wrong_classes(forward, x, y, self.targets).unbind(dim=1)
+            aims = [with_target(y, target) for target in targets]
+        for aim in aims:
+            yield from [aim] * self.restarts
 
     def _stages(self) -> list[tuple[Steps, int]]:
         """Geometry and length of each part of a run; the last one is in the ball asked for."""
@@ -183,26 +190,31 @@ class AutoPgd:
                 stages.append((DenseSteps(ball, steps=steps, rho=self.rho), steps))
         return stages
 
-    def _run(self, search: _Search, x: Tensor, y: Tensor, rows: Tensor) -> None:
-        """One run for the examples x, y, which are `rows` of the whole batch."""
-        point: Tensor | None = None
-        stages = self._stages()
+    def _run(self, search: _Search, images: Tensor, aims: Sequence[Tensor], rows: Tensor) -> int:
+        """The next runs, side by side, for `rows` of the whole batch; the number of those that count."""
+        turns, stages = search.turns, self._stages()
+        x = images[rows].repeat(turns.count, *[1] * (images.ndim - 1))
+        y = torch.cat([aim[rows] for aim in aims[: turns.count]])
+        point, states = random_starts(stages[0][0].ball, x, turns.count, search.generator)
         for steps, count in stages:
-            fresh = point is None
-            point = random_start(steps.ball, x, search.generator) if point is None else steps.project(point, x)
-            final = steps is stages[-1][0]
+            first, final = steps is stages[0][0], steps is stages[-1][0]
+            point = point if first else steps.project(point, x)
             value, fooled, grad = search.evaluate(point, y, self.eot)
             assert grad is not None
-            run = depart(point, x=x, y=y, rows=rows, value=value, grad=grad, first_step=steps.first_step)
+            start = torch.cat([rows] * turns.count)
+            run = depart(point, x=x, y=y, rows=start, value=value, grad=grad, first_step=steps.first_step)
+            run.turn = torch.arange(turns.count, device=x.device).repeat_interleave(len(rows))
             search.record.spend(run, self.eot)
-            if not fresh:
+            if not first:
                 follow_sparsity(run)
             if final:
                 run.catch(point, fooled)
             run = self._ascend(search, run, steps, count, hunting=final and self.stop_when_fooled)
             point = run.best_point
-        if len(run.rows):
-            search.close(run, self.ball.project(run.best_point, run.x))
+        done = turns.close(run, lambda part: search.close(part, self.ball.project(part.best_point, part.x)))
+        if done < turns.count and search.generator is not None:
+            search.generator.set_state(states[done - 1])
+        return done
 
     def _ascend(self, search: _Search, run: Ascent, steps: Steps, count: int, *, hunting: bool) -> Ascent:
         """`count` steps; if `hunting`, the examples fooled on the way are dropped."""
@@ -218,7 +230,7 @@ class AutoPgd:
             if done % LOOK_EVERY == 0 or done == count:
                 search.record.spend(run, (done - looked) * self.eot)
                 looked = done
-                run = search.record.settle(run)
+                run = search.turns.settle(run)
                 if len(run.rows) == 0:
                     break
         if not hunting:
@@ -236,6 +248,7 @@ class _Search:
     keep: str
     record: Record
     generator: torch.Generator | None
+    turns: Turns
 
     def evaluate(
         self, point: Tensor, y: Tensor, passes: int, *, grad: bool = True

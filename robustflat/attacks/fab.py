@@ -13,7 +13,18 @@ from torch import Tensor
 
 from robustflat.attacks.autopgd import wrong_classes
 from robustflat.attacks.duals import shortest_to_plane
-from robustflat.attacks.hunt import LOOK_EVERY, Confirm, Hunted, Pack, Record, begin, nothing_hunted
+from robustflat.attacks.hunt import (
+    FILL,
+    LOOK_EVERY,
+    Confirm,
+    Hunted,
+    Pack,
+    Record,
+    begin,
+    first_of_each,
+    nothing_hunted,
+    pick,
+)
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, judge, require_values
 from robustflat.attacks.objectives import labels_of, margin, predicted_wrong
@@ -34,8 +45,9 @@ class Closest(NamedTuple):
 
 @dataclass
 class _Boundary(Pack):
-    """State of a search: the current point, and the nearest misclassified one with its distance."""
+    """State of a search: classes (M, K') aimed at, current point, nearest misclassified one with its distance."""
 
+    classes: Tensor
     point: Tensor
     best: Tensor
     distance: Tensor
@@ -49,7 +61,9 @@ class Fab:
     a = min(|d| / (|d| + |d_0|), alpha_max):
     x <- (1 - a) (x + eta d) + a (x_0 + eta d_0). A misclassified point is compared with the nearest one so far,
     and the search goes on from x_0 + beta (x - x_0). Three false-position steps between x_0 and the nearest point
-    found end each run. The projection is found by Newton's method on its dual, see `duals`.
+    found end each run. The projection is found by Newton's method on its dual, see `duals`. With
+    `stop_when_fooled`, runs towards several targets share their passes where few examples are left; an example
+    that one of them breaks leaves all.
 
     The objective of a call is only reported: FAB minimises a distance.
 
@@ -157,34 +171,34 @@ class Fab:
     ) -> Closest:
         """All runs; where `stop_when_fooled`, what was found is written to the record, too."""
         classes = _classes(forward, x, y)
-        aims = [None] if self.targets is None else list(classes[:, : self.targets].unbind(dim=1))
         wrong = record.found.fooled
         closest = Closest(x.clone(), torch.where(wrong, 0.0, torch.inf).to(x.dtype))
-        for aim in aims:
+        targets = 1 if self.targets is None else min(self.targets, classes.shape[1])
+        done = 0
+        while done < targets:
+            rows = record.open()
+            if len(rows) == 0:
+                break
+            # A restart begins where the runs before it ended, so runs share passes only where there is none; the
+            # nearest points of all lie on the boundary, and should be judged in passes like those of the caller.
+            shared = self.stop_when_fooled and self.restarts == 1
+            count = min(max(FILL // len(rows), 1), targets - done) if shared else 1
             for restart in range(self.restarts):
-                rows = record.open()
+                rows = record.open() if restart else rows
                 if len(rows) == 0:
                     return closest
-                boundaries = classes[rows] if aim is None else aim[rows].unsqueeze(1)
                 point = x[rows] if restart == 0 else self._start(x[rows], closest.distance[rows], generator)
-                run = _Boundary(
-                    rows=rows,
-                    x=x[rows],
-                    y=y[rows],
-                    caught=x[rows],
-                    fooled=torch.zeros_like(wrong[rows]),
-                    point=point,
-                    best=closest.x_adv[rows],
-                    distance=closest.distance[rows],
-                )
-                self._run(forward, run, boundaries, record, closest)
+                aims = classes[rows] if self.targets is None else _one_by_one(classes[rows, done : done + count])
+                run = _boundary(rows.repeat(count), x, y, aims, point.repeat(count, 1, 1, 1), closest)
+                self._run(forward, run, record, closest)
+            done += count
         return closest
 
-    def _run(self, forward: Forward, run: _Boundary, boundaries: Tensor, record: Record, closest: Closest) -> None:
-        """One run; its nearest points replace farther ones in `closest`."""
+    def _run(self, forward: Forward, run: _Boundary, record: Record, closest: Closest) -> None:
+        """Runs that share their passes; their nearest points replace farther ones in `closest`."""
         looked = 0
         for done in range(1, self.steps + 1):
-            value, slope = nearest_boundary(forward, run.point, run.y, boundaries, self.ball.norm)
+            value, slope = nearest_boundary(forward, run.point, run.y, run.classes, self.ball.norm)
             run.point = self._step(run, value, slope)
             with torch.no_grad():
                 wrong = predicted_wrong(forward(run.point), run.y)
@@ -197,20 +211,11 @@ class Fab:
                     record.spend(run, _REFINEMENTS)
                 record.spend(run, 2 * (done - looked))
                 looked = done
-                closest.x_adv[run.rows], closest.distance[run.rows] = run.best, run.distance
-                run, boundaries = self._drop(run, boundaries, record)
+                _keep_nearest(run, closest)
+                if self.stop_when_fooled:
+                    run = record.settle(run)
                 if len(run.rows) == 0:
                     return
-
-    def _drop(self, run: _Boundary, boundaries: Tensor, record: Record) -> tuple[_Boundary, Tensor]:
-        """The examples still searched for."""
-        if not self.stop_when_fooled:
-            return run, boundaries
-        before = run.rows
-        run = record.settle(run)
-        if len(run.rows) < len(before):
-            boundaries = boundaries[torch.isin(before, run.rows)]
-        return run, boundaries
 
     def _step(self, run: _Boundary, value: Tensor, slope: Tensor) -> Tensor:
         """The next point, from the boundary {value + <slope, . - point> = 0}."""
@@ -230,7 +235,7 @@ class Fab:
         """Keep a misclassified point that is nearer than those before."""
         distance = _norm((point - run.x).flatten(1), self.ball.norm)
         nearer = wrong & (distance < run.distance)
-        run.best = torch.where(nearer.view(-1, *[1] * (point.ndim - 1)), point, run.best)
+        run.best = pick(nearer, point, run.best)
         run.distance = torch.where(nearer, distance, run.distance)
         if self.stop_when_fooled:
             run.catch(point, nearer & (distance <= self.ball.epsilon))
@@ -317,3 +322,32 @@ def _classes(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         classes = forward(x[:1]).shape[1]
     return wrong_classes(forward, x, y, max(classes - 1, 1))
+
+
+def _one_by_one(classes: Tensor) -> Tensor:
+    """Targets (B, T) as the aims of T runs side by side, (T B, 1), the first target of all examples first."""
+    return classes.t().reshape(-1, 1)
+
+
+def _boundary(rows: Tensor, x: Tensor, y: Tensor, classes: Tensor, point: Tensor, closest: Closest) -> _Boundary:
+    """State of a run that starts at `point`, for `rows` of the whole batch."""
+    return _Boundary(
+        rows=rows,
+        x=x[rows],
+        y=y[rows],
+        caught=point,
+        fooled=torch.zeros_like(rows, dtype=torch.bool),
+        classes=classes,
+        point=point,
+        best=closest.x_adv[rows],
+        distance=closest.distance[rows],
+    )
+
+
+def _keep_nearest(run: _Boundary, closest: Closest) -> None:
+    """Replace what is farther in `closest`; the first of several runs among equals."""
+    nearest = closest.distance.scatter_reduce(0, run.rows, run.distance, "amin")
+    winners = ((run.distance == nearest[run.rows]) & (run.distance < closest.distance[run.rows])).nonzero().flatten()
+    winners = winners[first_of_each(run.rows[winners])]
+    closest.x_adv[run.rows[winners]] = run.best[winners]
+    closest.distance[run.rows[winners]] = run.distance[winners]

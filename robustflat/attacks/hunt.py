@@ -18,6 +18,9 @@ from robustflat.types import Forward, Found, Objective
 LOOK_EVERY = 5
 """Steps between two looks at who is fooled: each look waits for the device."""
 
+FILL = 64
+"""Images that a forward pass is filled to where few examples are left: smaller passes cost nearly as much."""
+
 Confirm = Callable[[Tensor, Tensor], Tensor]
 """(images (B, C, H, W), labels) -> bool (B,): whether the plain model is fooled by them."""
 
@@ -52,7 +55,8 @@ class Pack:
     """The examples still searched for, packed without gaps; subclasses add the state of their search.
 
     Every field has one row per example: `rows` says which row of the whole batch it is; `caught` is the last
-    point that fooled the model in the search, if `fooled`.
+    point that fooled the model in the search, if `fooled`. An example that is searched towards several targets at
+    once has a row for each, and all leave together.
     """
 
     rows: Tensor
@@ -67,8 +71,7 @@ class Pack:
 
     def catch(self, point: Tensor, fooled: Tensor) -> None:
         """Remember `point` where it fools the model, bool (B,)."""
-        shape = (-1, *[1] * (point.ndim - 1))
-        self.caught = torch.where(fooled.view(shape), point, self.caught)
+        self.caught = pick(fooled, point, self.caught)
         self.fooled = self.fooled | fooled
 
 
@@ -98,25 +101,32 @@ class Record:
 
     def spend(self, pack: Pack, passes: int) -> None:
         """Count `passes` forward passes for every example of the pack."""
-        self.queries[pack.rows] += passes
+        self.queries.index_add_(0, pack.rows, torch.full_like(pack.rows, passes))
 
-    def settle(self, pack: AnyPack) -> AnyPack:
-        """Write down who is fooled and return the others; those not confirmed are searched on."""
+    def claims(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Places in the pack, int64 (M,), of those really fooled, and the images; all are searched for as before."""
         claimed = pack.fooled.nonzero().flatten()
-        if len(claimed) == 0:
-            return pack
         # The search may keep to the ball only up to rounding; the result keeps to it strictly.
         caught = self.ball.project(pack.caught[claimed], pack.x[claimed])
-        if self.confirm is not None:
+        if len(claimed) and self.confirm is not None:
             real = self.confirm(caught, pack.y[claimed])
             claimed, caught = claimed[real], caught[real]
             pack.fooled = torch.zeros_like(pack.fooled)
-        rows = pack.rows[claimed]
-        self.found.x_adv[rows] = caught
+        return claimed, caught
+
+    def write(self, rows: Tensor, caught: Tensor) -> None:
+        """Take images (M, C, H, W) that fool the model for `rows`; the first one for an example that has several."""
+        first = first_of_each(rows)
+        self.found.x_adv[rows[first]] = caught[first]
         self.found.fooled[rows] = True
-        others = torch.ones_like(pack.fooled)
-        others[claimed] = False
-        return pack.take(others.nonzero().flatten())
+
+    def settle(self, pack: AnyPack) -> AnyPack:
+        """Write down who is fooled and return the others; those not confirmed are searched on."""
+        claimed, caught = self.claims(pack)
+        if len(claimed) == 0:
+            return pack
+        self.write(pack.rows[claimed], caught)
+        return pack.take((~self.found.fooled[pack.rows]).nonzero().flatten())
 
     def result(self, forward: Forward, objective: Objective) -> Hunted:
         """All results, with the objective's value computed at the points that the search stopped at."""
@@ -138,6 +148,19 @@ def begin(
     clean = judge(forward, x, y, objective)
     fooled = clean.fooled.clone() if confirm is None else clean.fooled & confirm(x, y)
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)
+
+
+def pick(take: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Images `one` where take, bool (B,), holds, `other` elsewhere; as `judging.choose`, for finite values only."""
+    # With weights 0 and 1 lerp selects exactly; on a CPU torch.where takes more than twice as long.
+    return torch.lerp(other, one, take.to(other.dtype).view(-1, *[1] * (one.ndim - 1)))
+
+
+def first_of_each(rows: Tensor) -> Tensor:
+    """Where each value of `rows`, int64 (M,), stands for the first time; ordered by value."""
+    values, inverse = torch.unique(rows, return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.full_like(values, len(rows)).scatter_reduce(0, inverse, places, "amin")
 
 
 def nothing_hunted(x: Tensor) -> Hunted:

@@ -11,7 +11,8 @@ from robustflat.attacks.autopgd import AutoPgd, wrong_classes
 from robustflat.attacks.hunt import PlainJudge
 from robustflat.attacks.objectives import cross_entropy, margin
 from robustflat.errors import UserError
-from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
+from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall, input_ball
+from tests.reference.models import mlp_digits
 
 SHAPE = (1, 4, 4)
 
@@ -238,3 +239,22 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object], text: st
 def test_a_model_of_one_class_has_no_target() -> None:
     with pytest.raises(UserError, match="1 class"):
         wrong_classes(lambda x: x.flatten(1)[:, :1], images(), torch.zeros(6, dtype=torch.int64), 9)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.12), ("l2", 0.6), ("l1", 2.5)])
+def test_runs_side_by_side_give_the_results_of_one_after_another(
+    norm: str, epsilon: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = mlp_digits(torch.float64)
+    ball = input_ball(norm, epsilon)
+    results, states = [], []
+    for fill in (1, 64):
+        monkeypatch.setattr("robustflat.attacks.autopgd.FILL", fill)
+        attack = AutoPgd(ball, steps=10, objective="dlr_targeted", wide_start=norm == "l1", stop_when_fooled=True)
+        generator = torch.Generator().manual_seed(3)
+        results.append(attack.hunt(model, x[:60], y[:60], generator=generator, confirm=PlainJudge(model)).found)
+        states.append(generator.get_state())
+    alone, together = results
+    assert torch.equal(alone.fooled, together.fooled)
+    torch.testing.assert_close(together.x_adv, alone.x_adv, rtol=0, atol=1e-6)
+    assert torch.equal(states[0], states[1])

@@ -10,6 +10,7 @@ from robustflat.attacks.fab import Fab, nearest_boundary
 from robustflat.attacks.objectives import margin
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
+from tests.reference.models import mlp_digits
 
 SHAPE = (1, 4, 4)
 BALLS = [LinfBall(0.05), L2Ball(0.2), L1Ball(0.5)]
@@ -156,3 +157,20 @@ def test_of_probabilities_the_most_probable_class_is_the_label() -> None:
     soft = nn.functional.one_hot(y, 3) * 0.6 + 0.1
     one, other = (Fab(L2Ball(0.2), steps=5).closest(model, x, labels, seeded()) for labels in (y, soft))
     assert torch.equal(one.x_adv, other.x_adv)
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.12), L2Ball(0.7), L1Ball(1.5)], ids=lambda ball: ball.norm)
+def test_targets_side_by_side_give_the_verdicts_of_one_after_another(
+    ball: InputBall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = mlp_digits(torch.float64)
+    x, y = x[:30], y[:30]
+    attack = Fab(ball, steps=12, targets=5, stop_when_fooled=True)
+    together = attack.hunt(model, x, y).found
+    monkeypatch.setattr("robustflat.attacks.fab.FILL", 1)
+    alone = attack.hunt(model, x, y).found
+    assert torch.equal(together.fooled, alone.fooled)
+    assert 0 < int(alone.fooled.sum()) < 30
+    resists = ~alone.fooled
+    torch.testing.assert_close(together.x_adv[resists], alone.x_adv[resists], rtol=0, atol=1e-4)
+    assert torch.equal(model(together.x_adv).argmax(1) != y, together.fooled)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.hunt import PlainJudge
-from robustflat.attacks.objectives import margin
-from robustflat.attacks.square import Square, _Draws, first_pattern, peaks
+from robustflat.attacks.objectives import cross_entropy, margin
+from robustflat.attacks.square import Square
+from robustflat.attacks.square_proposals import Draws, first_pattern, peaks
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
+from robustflat.types import Objective
 
 SHAPE = (2, 6, 7)
 BALLS = [LinfBall(0.05), L2Ball(0.4), L1Ball(1.0)]
@@ -116,7 +118,7 @@ def test_the_pattern_has_a_peak_beside_a_valley(side: int) -> None:
 @pytest.mark.parametrize("ball", BALLS, ids=lambda ball: ball.norm)
 def test_the_first_pattern_has_full_size_where_the_box_allows(ball: InputBall) -> None:
     x = torch.full((3, *SHAPE), 0.5)
-    start = first_pattern(ball, x, _Draws(x, seeded()))
+    start = first_pattern(ball, x, Draws(x, seeded()))
     torch.testing.assert_close(ball.size(start, x), torch.full((3,), ball.epsilon), rtol=1e-4, atol=0)
 
 
@@ -180,3 +182,28 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, object], text: str) -> None:
     with pytest.raises(UserError, match=text):
         Square(LinfBall(0.1), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("goal", [None, cross_entropy], ids=["margin", "cross_entropy"])
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("ball", BALLS, ids=lambda ball: ball.norm)
+def test_proposals_tried_ahead_change_nothing(ball: InputBall, stop: bool, goal: Objective | None) -> None:
+    model, x = linear(3).double(), images(5).double()
+    y = model(x).argmax(1)
+    passes: list[int] = []
+
+    def forward(point: Tensor) -> Tensor:
+        passes[-1] += 1
+        logits: Tensor = model(point)
+        return logits
+
+    hunted = []
+    for fill in (1, 12, 64):
+        passes.append(0)
+        attack = Square(ball, queries=153, stop_when_fooled=stop, fill=fill)
+        hunted.append(attack.hunt(forward, x, y, goal, seeded()))
+    for other in hunted[1:]:
+        assert torch.equal(other.found.fooled, hunted[0].found.fooled)
+        assert torch.equal(other.queries, hunted[0].queries)
+        torch.testing.assert_close(other.found.x_adv, hunted[0].found.x_adv, rtol=0, atol=1e-6)
+    assert passes[2] < passes[1] < passes[0]
