@@ -23,6 +23,7 @@ from robustflat.apps.collect import Origin, rows_of
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
+from robustflat.apps.shared_reference import shared_reference
 from robustflat.attacks.describe import describe
 from robustflat.attacks.ensemble_progress import Progress
 from robustflat.attacks.nested import ball_of, is_black_box
@@ -112,6 +113,10 @@ class Bench:
         base |= {"runs": self.plan.restarts.get(piece.name, 1), "attack_batch": self.plan.attack_batch}
         base |= {"search": self.plan.search}
         return {**base, "name": piece.name, "attack": self.settings["evaluation"]["attacks"][piece.name]}
+
+    def config(self, piece: Piece) -> str:
+        """The same as one line of JSON, as it is stored with the result."""
+        return json.dumps(self.decisive(piece), sort_keys=True, default=str)
 
 
 def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: str) -> list[str]:
@@ -297,7 +302,7 @@ def _measure(
     if piece.kind == "attacks":
         attacked = plan.attack_piece(model, dataset, piece, seed=bench.seed, progress=bench.progress(key))
         return _attack_arrays(attacked), _attack_details(plan.attacks[piece.name], attacked)
-    reference, words = _shared_reference(bench, file, piece)
+    reference, words = shared_reference(bench, file, piece)
     result = plan.flatness_piece(model, dataset, piece, seed=bench.seed, reference=reference)
     return _flatness_arrays(result), {"reference_settings": words, **_flatness_details(result)}
 
@@ -325,25 +330,9 @@ def _flatness_details(result: FlatnessResult) -> dict[str, object]:
     return {**details, "displaced": result.weights, "draw_seed": str(result.seed)}
 
 
-def _shared_reference(bench: Bench, file: NetworkFile, piece: Piece) -> tuple[Tensor | None, str | None]:
-    """The reference that another measure has found for the same network, examples, settings and seed."""
-    settings = bench.plan.measures[piece.name].reference_settings
-    if settings is None:
-        return None, None
-    words = f"{settings}, seed {bench.seed}, batch size {bench.plan.batch_size}"
-    if bench.settings["force"]:
-        return None, words
-    beginning = group_name(file.name, bench.examples(piece.split), "flatness") + "/"
-    for name in bench.store.names():
-        if name.startswith(beginning) and bench.store.attributes(name).get("reference_settings") == words:
-            return torch.from_numpy(bench.store.read(name).arrays["reference"]), words
-    return None, words
-
-
 def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> dict[str, object]:
     """What every result says of how it was made."""
     plan = bench.plan
-    config = {} if piece.role == "selection" else bench.decisive(piece)
     return {
         "kind": piece.kind,
         "name": piece.name,
@@ -357,7 +346,7 @@ def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece)
         "precision": precision_of(model),
         "device": str(bench.dataset.device),
         "seed": bench.seed,
-        "config": json.dumps(config, sort_keys=True, default=str),
+        "config": "{}" if piece.role == "selection" else bench.config(piece),
         "version": robustflat.__version__,
         "torch": torch.__version__,
         **bench.facts,
