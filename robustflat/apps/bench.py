@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import robustflat
 from robustflat.apps.collect import Origin, rows_of
@@ -363,13 +363,14 @@ def _place(bench: Bench, file: NetworkFile, piece: Piece, key: str) -> str:
 
 def _twin(bench: Bench, key: str) -> str | None:
     """A stored result with the same key: the same weights under the name of another checkpoint."""
-    return next((name for name in bench.store.names() if bench.store.has(name, key)), None)
+    return next((name for name, found in bench.store.marked(KEY).items() if found == key), None)
 
 
 def forget_other_weights(store: ResultStore, console: Console, file: NetworkFile, weights: str) -> None:
     """Remove results of a checkpoint that has been written anew since (training went on, say)."""
+    made_of = store.marked("weights")
     for name in store.names():
-        if name.startswith(f"{file.name}/") and store.attributes(name).get("weights") != weights:
+        if name.startswith(f"{file.name}/") and made_of.get(name) != weights:
             console.print(f"{file.name} has other weights than when it was evaluated last: starting anew.")
             for split in {n.split("/")[1] for n in store.names() if n.startswith(f"{file.name}/")}:
                 store.remove(group_name(file.name, split))
