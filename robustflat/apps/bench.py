@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import robustflat
 from robustflat.apps.collect import Origin, rows_of
@@ -24,6 +24,7 @@ from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
 from robustflat.apps.profiling import Parts
+from robustflat.apps.shared_reference import shared_reference
 from robustflat.attacks.describe import describe
 from robustflat.attacks.ensemble_progress import Progress
 from robustflat.attacks.nested import ball_of, is_black_box
@@ -119,6 +120,10 @@ class Bench:
         base |= {"runs": self.plan.restarts.get(piece.name, 1), "attack_batch": self.plan.attack_batch}
         base |= {"search": self.plan.search}
         return {**base, "name": piece.name, "attack": self.settings["evaluation"]["attacks"][piece.name]}
+
+    def config(self, piece: Piece) -> str:
+        """The same as one line of JSON, as it is stored with the result."""
+        return json.dumps(self.decisive(piece), sort_keys=True, default=str)
 
 
 def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: str) -> list[str]:
@@ -305,7 +310,7 @@ def _measure(
     if piece.kind == "attacks":
         attacked = plan.attack_piece(model, dataset, piece, seed=bench.seed, progress=bench.progress(key))
         return _attack_arrays(attacked), _attack_details(plan.attacks[piece.name], attacked)
-    reference, words = _shared_reference(bench, file, piece)
+    reference, words = shared_reference(bench, file, piece)
     result = plan.flatness_piece(model, dataset, piece, seed=bench.seed, reference=reference)
     return _flatness_arrays(result), {"reference_settings": words, **_flatness_details(result)}
 
@@ -333,25 +338,9 @@ def _flatness_details(result: FlatnessResult) -> dict[str, object]:
     return {**details, "displaced": result.weights, "draw_seed": str(result.seed)}
 
 
-def _shared_reference(bench: Bench, file: NetworkFile, piece: Piece) -> tuple[Tensor | None, str | None]:
-    """The reference that another measure has found for the same network, examples, settings and seed."""
-    settings = bench.plan.measures[piece.name].reference_settings
-    if settings is None:
-        return None, None
-    words = f"{settings}, seed {bench.seed}, batch size {bench.plan.batch_size}"
-    if bench.settings["force"]:
-        return None, words
-    beginning = group_name(file.name, bench.examples(piece.split), "flatness") + "/"
-    for name in bench.store.names():
-        if name.startswith(beginning) and bench.store.attributes(name).get("reference_settings") == words:
-            return torch.from_numpy(bench.store.read(name).arrays["reference"]), words
-    return None, words
-
-
 def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece) -> dict[str, object]:
     """What every result says of how it was made."""
     plan = bench.plan
-    config = {} if piece.role == "selection" else bench.decisive(piece)
     return {
         "kind": piece.kind,
         "name": piece.name,
@@ -365,7 +354,7 @@ def _attributes(bench: Bench, file: NetworkFile, model: nn.Module, piece: Piece)
         "precision": precision_of(model),
         "device": str(bench.dataset.device),
         "seed": bench.seed,
-        "config": json.dumps(config, sort_keys=True, default=str),
+        "config": "{}" if piece.role == "selection" else bench.config(piece),
         "version": robustflat.__version__,
         "torch": torch.__version__,
         **bench.facts,
@@ -382,13 +371,14 @@ def _place(bench: Bench, file: NetworkFile, piece: Piece, key: str) -> str:
 
 def _twin(bench: Bench, key: str) -> str | None:
     """A stored result with the same key: the same weights under the name of another checkpoint."""
-    return next((name for name in bench.store.names() if bench.store.has(name, key)), None)
+    return next((name for name, found in bench.store.marked(KEY).items() if found == key), None)
 
 
 def forget_other_weights(store: ResultStore, console: Console, file: NetworkFile, weights: str) -> None:
     """Remove results of a checkpoint that has been written anew since (training went on, say)."""
+    made_of = store.marked("weights")
     for name in store.names():
-        if name.startswith(f"{file.name}/") and store.attributes(name).get("weights") != weights:
+        if name.startswith(f"{file.name}/") and made_of.get(name) != weights:
             console.print(f"{file.name} has other weights than when it was evaluated last: starting anew.")
             for split in {n.split("/")[1] for n in store.names() if n.startswith(f"{file.name}/")}:
                 store.remove(group_name(file.name, split))

@@ -84,6 +84,22 @@ def reference_words(loss: str, attack: Attack | None, once: Attack | None, setti
     return f"{loss} loss, {'no attack' if loss == 'clean' else _attack_words(attack, once)}, {settings}"
 
 
+def settings_of_runs(attack: Attack, runs: int, *, search: str) -> str | None:
+    """The `reference_settings` of a measure whose reference loss these runs of an attack give: worst loss of all runs.
+
+    That of the paper's protocol, which takes the run with the highest cross-entropy; so the losses are equal up to
+    the random starts. `None` for another number of runs than `REFERENCE_RESTARTS`.
+
+    Args:
+        attack: run `runs` times at the undisplaced weights, on the same examples and network.
+        runs: number of independent runs.
+        search: see `robustflat.attacks.strongest.SEARCHES`.
+    """
+    if runs != REFERENCE_RESTARTS:
+        return None
+    return reference_words("robust", attack, None, f"paper protocol, batch norm running, search {search}")
+
+
 def _attack_words(attack: Attack | None, once: Attack | None) -> str:
     return describe(once) if once is not None else f"worst of {REFERENCE_RESTARTS} runs of {describe(attack)}"
 

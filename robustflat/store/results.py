@@ -87,6 +87,19 @@ class ResultStore:
         with self._reading() as file:
             return sorted(path for path, group in self._groups(file, "", set()) if KEY in group.attrs)
 
+    def marked(self, attribute: str) -> dict[str, Any]:
+        """Value of an attribute of every finished result that has it, by path, sorted: one look into the file.
+
+        Raises:
+            DataError: as for `names`.
+        """
+        if not self.path.exists():
+            return {}
+        with self._reading() as file:
+            groups = [(path, group) for path, group in self._groups(file, "", set()) if KEY in group.attrs]
+            found = {path: _plain(group.attrs[attribute]) for path, group in groups if attribute in group.attrs}
+        return {path: value for path, value in sorted(found.items()) if value is not None}
+
     def has(self, name: str, key: str | None = None) -> bool:
         """Whether there is a finished result of this name and, if a key is given, with that key."""
         found = self.attributes(name)
@@ -262,14 +275,15 @@ def _attribute(key: str, value: object) -> object:
 
 def _plain_attributes(group: h5py.Group) -> dict[str, Any]:
     """Text and numbers as Python's own; anything else (references, compound types) is left out."""
-    found: dict[str, Any] = {}
-    for key in group.attrs:
-        value = group.attrs[key]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, bool | int | float | str):
-            found[str(key)] = value
-    return found
+    found = {str(key): _plain(value) for key, value in group.attrs.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _plain(value: object) -> bool | int | float | str | None:
+    """Text or number as Python's own; `None` for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _sync(path: Path) -> None:

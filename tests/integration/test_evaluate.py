@@ -130,6 +130,28 @@ def test_measures_of_equal_settings_share_their_reference(evaluate, run):
     assert np.array_equal(one.arrays["losses"], other.arrays["losses"][:2])
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_ten_runs_of_the_measures_own_attack_are_its_reference(evaluate, run, force):
+    steps = ("evaluation.attacks.pgd20.steps=20", "evaluation.measures.average.attack.steps=20")
+    more = ("evaluation.restarts.pgd20=10", "only=[pgd20,average,worst]", f"force={force}")
+    assert evaluate(f"run={run}", *PAPER, *steps, *more).code == 0
+    store = ResultStore(run / "results.h5")
+    labels = store.read("last/test[:24]").arrays["labels"]
+    logits = store.read("last/test[:24]/attacks/pgd20").arrays["logits"].astype(np.float64)
+    losses = np.logaddexp.reduce(logits, axis=2) - logits[:, np.arange(24), labels]
+    for name in ("average", "worst"):
+        found = store.read(f"last/test[:24]/flatness/{name}")
+        assert found.arrays["reference"] == pytest.approx(losses.max(axis=0), rel=1e-5, abs=1e-6)
+        assert "(shared)" in found.attrs["reference_attack"]
+
+
+def test_other_runs_than_the_measures_own_are_not_its_reference(evaluate, run):
+    other = ("evaluation.restarts.pgd20=10", "evaluation.attacks.pgd20.steps=19", "only=[pgd20,average]")
+    assert evaluate(f"run={run}", *PAPER, *other).code == 0
+    found = ResultStore(run / "results.h5").read("last/test[:24]/flatness/average")
+    assert "(shared)" not in found.attrs["reference_attack"]
+
+
 def test_a_single_measure_and_a_single_attack(evaluate, run):
     answer = evaluate(f"run={run}", *SMALL, "flatness=average_clean", "flatness.trials=3")
     assert answer.code == 0, answer.err

@@ -69,6 +69,24 @@ def test_reference_network_keeps_every_prediction(channels_last: bool) -> None:
         assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pooling_gives_the_same_bits_and_passes_gradients_on_in_channels_last_order(dtype: torch.dtype) -> None:
+    plain = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fast = rewrite(nn.Sequential(nn.Conv2d(3, 3, 1), *plain), images()).network[1:]
+    assert type(fast[0]) is not nn.AdaptiveAvgPool2d
+    x = (100 * images(5)).to(dtype).contiguous(memory_format=torch.channels_last)
+    weights = images(5)[:, :, 0, 0].to(dtype)
+    slopes = []
+    for network in (plain, fast):
+        point = x.clone().requires_grad_()
+        assert torch.equal(network(point), plain(x))
+        slopes += torch.autograd.grad((network(point) * weights).sum(), point)
+    assert torch.equal(*slopes)
+    point = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((fast(point.relu()) * weights).sum(), point)
+    assert slope.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_bf16_comes_close_and_gives_float32_logits() -> None:
     model, x, _ = cnn_cifar10()
     fast = rewrite(model, x[:4], precision="bf16")

@@ -51,6 +51,15 @@ def test_writing_again_replaces_the_arrays_but_not_what_lies_below(store):
     assert store.has("last/test/clean")
 
 
+def test_one_attribute_of_all_finished_results(store):
+    assert store.marked("weights") == {}
+    store.write("last/test/sanity", {}, {"key": "b", "weights": "w", "epochs": 3})
+    store.write("last/test/clean", {"logits": LOGITS[0]}, {"key": "a", "weights": "v"})
+    store.write("last/test", {"labels": np.zeros(4)}, {"weights": "of no finished result"})
+    assert list(store.marked("weights").items()) == [("last/test/clean", "v"), ("last/test/sanity", "w")]
+    assert store.marked("epochs") == {"last/test/sanity": 3}
+
+
 def test_only_groups_with_a_key_are_finished_results(store):
     assert store.names() == []
     store.write("last/test", {"labels": np.zeros(4)}, {})
