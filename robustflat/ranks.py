@@ -64,7 +64,7 @@ class Ranks:
         for group in groups.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            for tensor, part in zip(group, torch.split(flat, [t.numel() for t in group]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
     def mean_(self, tensors: Iterable[Tensor]) -> None:
