@@ -153,6 +153,11 @@ def current() -> Ranks:
     return Ranks()
 
 
+def started() -> int:
+    """How many processes torchrun has started for the job of this one; 1 if nobody has."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+
+
 _SPEAKS: list[bool] = []
 """Once this process has failed among others: whether it was the first one to fail."""
 
@@ -180,9 +185,10 @@ def joined() -> Iterator[Ranks]:
     Raises:
         UserError: if there are fewer cards than processes on this machine, or another rank has gone.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if started() < 2 or dist.is_initialized():
         yield current()
         return
+    _SPEAKS.clear()
     backend = _backend()
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)

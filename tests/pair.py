@@ -1,4 +1,4 @@
-"""Two processes that share jobs, as torchrun would start them, kept for all tests of a module."""
+"""Two processes that share jobs, as torchrun would start them, kept for all tests of a session."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from robustflat.ranks import joined
+from robustflat.ranks import joined, speaks
 
 SIZE = 2
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 class Pair:
@@ -61,4 +61,5 @@ def _serve(rank: int, end: Connection) -> None:
                 answer = function(*arguments)
         except Exception as error:
             answer = error
+            answer.speaks = speaks()
         end.send_bytes(pickle.dumps(answer))

@@ -11,20 +11,13 @@ from omegaconf import DictConfig
 
 from robustflat.apps.run_folder import FollowedFolder, RunFolder
 from robustflat.errors import UserError
-from robustflat.ranks import Ranks, current
+from robustflat.ranks import current
 
-
-def refuse_sweep(ranks: Ranks) -> None:
-    """Processes that share a job cannot share a sweep: one that fails would leave the others behind.
-
-    Raises:
-        UserError: on several ranks.
-    """
-    if ranks.size > 1:
-        raise UserError(
-            "torchrun starts the processes of one run, and a sweep (-m) is many runs. Start torchrun once for each "
-            "run, or the sweep without torchrun: hydra/launcher=joblib gives every run a process of its own."
-        )
+NO_SWEEP = (
+    "torchrun starts the processes of one run, and a sweep (-m) is many runs. Start torchrun once for each run, or the "
+    "sweep without torchrun: hydra/launcher=joblib gives every run a process of its own."
+)
+"""A run that failed on one process only would leave the others behind with the next run."""
 
 
 def own_device(name: str) -> str:

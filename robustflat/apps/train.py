@@ -34,7 +34,7 @@ from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
 from robustflat.apps.surrogates import give_surrogates
-from robustflat.apps.together import described, one_after_the_other, open_folder, own_device, refuse_sweep, sharing
+from robustflat.apps.together import NO_SWEEP, described, one_after_the_other, open_folder, own_device, sharing
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
@@ -45,7 +45,7 @@ from robustflat.loggers.jsonl import JsonlLogger
 from robustflat.loggers.ledger import LEDGER, LedgerLogger
 from robustflat.models.inference import keep_freed_memory
 from robustflat.models.passes import PassCounter
-from robustflat.ranks import current, joined, speaks
+from robustflat.ranks import current, joined, speaks, started
 from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
@@ -95,12 +95,16 @@ def job(config: DictConfig) -> float:
             remove_if_empty(path)
             return float("nan")
         command = list(context.overrides.task)
-        if sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher"):
+        isolated = sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher")
+        if sweeping and started() > 1:
+            if isolated:
+                raise UserError(NO_SWEEP)  # in a worker, which has to live on
+            complain(NO_SWEEP)
+            sys.exit(1)
+        if isolated:
             results = run_isolated(config, path, command)
         else:
-            with joined() as ranks:
-                if sweeping:
-                    refuse_sweep(ranks)
+            with joined():
                 results = run(config, path, command=command, console=console)
     except Exception as error:
         remove_if_empty(path)

@@ -10,16 +10,8 @@ from robustflat.attacks.square import Square
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.gradients.plain import Plain
-from tests.pair import Pair
 from tests.unit.training import shared_runs
 from tests.unit.training.shared_runs import METHODS, fitted, resumed
-
-
-@pytest.fixture(scope="module")
-def pair():
-    two = Pair()
-    yield two
-    two.close()
 
 
 def answers(found):
@@ -83,6 +75,7 @@ def test_an_error_on_one_rank_ends_all(pair, rank, with_user_error):
     found = pair(shared_runs.fails, rank, 2, with_user_error)
     assert isinstance(found[rank], UserError if with_user_error else ValueError)
     assert "Another process of this job has gone" in str(found[1 - rank])
+    assert [found[rank].speaks, found[1 - rank].speaks] == [True, False]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
