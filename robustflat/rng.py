@@ -93,6 +93,10 @@ class Rows(NamedTuple):
         kept = tuple(n // 2 for n in self.numbers if n % 2 == first)
         return Rows(kept, (self.total + 1 - first) // 2)
 
+    def of(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """The held rows of a tensor of all rows, which lie along dimension `dim`."""
+        return whole.index_select(dim, _index(self.numbers, whole.device))
+
 
 _HELD: ContextVar[Rows | None] = ContextVar("held", default=None)
 
@@ -114,6 +118,12 @@ def holding(rows: Rows | None) -> Iterator[None]:
 def held(count: int) -> Rows:
     """The rows that a batch of `count` has in the larger batch of the enclosing `holding`; all where there is none."""
     return _HELD.get() or Rows.all(count)
+
+
+def of_the_whole(count: int) -> int:
+    """How many examples all processes together have where this one has `count`, if the shares are equal."""
+    rows = _HELD.get()
+    return count if rows is None else count * rows.total // max(len(rows.numbers), 1)
 
 
 def drawn_for_batch(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int]) -> Tensor:
@@ -140,7 +150,7 @@ def drawn_for_batch(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[i
             "processes. Use one process, or attack=pgd_linf and layers that draw for every image."
         )
     drawn = draw((copies * rows.total, *shape[1:])).view(copies, rows.total, *shape[1:])
-    return drawn.index_select(1, _index(rows.numbers, drawn.device)).flatten(0, 1)
+    return rows.of(drawn, dim=1).flatten(0, 1)
 
 
 @lru_cache(maxsize=32)

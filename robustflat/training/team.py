@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -53,8 +52,8 @@ class Team:
         if self.ranks.size == 1:
             return batch
         self._require_equal_shares(len(batch.x))
-        rows = torch.tensor(share_of(len(batch.x), self.ranks.rank, self.ranks.size).numbers, device=batch.x.device)
-        return Batch(batch.x[rows], batch.y[rows])
+        rows = share_of(len(batch.x), self.ranks.rank, self.ranks.size)
+        return Batch(rows.of(batch.x), rows.of(batch.y))
 
     @contextmanager
     def working(self, model: nn.Module, count: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from robustflat.apps.config import register
 from robustflat.apps.main import run_application
+from robustflat.apps.together import own_device
 from robustflat.training.checkpoint import load
 from tests.integration.conftest import ROOT, TINY, only_run
 
@@ -68,6 +69,8 @@ def test_two_processes_do_the_run_of_one(cli, pair, tmp_path):
     (one,), (two,) = tmp_path.glob("one/*/*"), tmp_path.glob("two/*/*")
     assert_same_run(one, two)
     assert {p.name for p in one.rglob("*")} == {p.name for p in two.rglob("*")}
+    images = [json.loads((run / "ledger.json").read_text())["training"]["images"] for run in (one, two)]
+    assert 0 <= images[1] - images[0] < 100  # each process compares its fast copy of the network on eight images
     provenance = json.loads((two / "provenance.json").read_text())
     assert (provenance["processes"], provenance["batch_norm"]) == (2, "whole batch")
     assert json.loads((one / "provenance.json").read_text())["processes"] == 1
@@ -111,7 +114,7 @@ def torchrun(*arguments: str, folder: Path, **options) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_torchrun_and_a_signal_and_one_process(cli, tmp_path):
-    many = [a for a in SHARED if "epochs" not in a] + ["trainer.epochs=200", "trainer.callbacks.evaluation=null"]
+    many = [a for a in SHARED if "epochs" not in a] + ["trainer.epochs=80", "trainer.callbacks.evaluation=null"]
     started = torchrun(*many, folder=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("outputs/*/*/checkpoints/last.pt")):
@@ -125,7 +128,7 @@ def test_torchrun_and_a_signal_and_one_process(cli, tmp_path):
     step = load(run / "checkpoints" / "last.pt").meta["step"]
     answer = cli(*many)
     assert answer.code == 0
-    assert f"going on after epoch {step // 4} of 200" in answer.out
+    assert f"going on after epoch {step // 4} of 80" in answer.out
 
 
 @pytest.mark.slow
@@ -142,3 +145,10 @@ def test_a_killed_process_ends_the_job(tmp_path):
     assert started.returncode != 0
     assert "Another process of this job has gone" in err or "SIGKILL" in err or "Signal 9" in err
     assert load(only_run(tmp_path) / "checkpoints" / "last.pt").parts["epoch"] >= 1
+
+
+def test_several_processes_take_one_device_each(pair):
+    assert pair(own_device, "cpu") == ["cpu", "cpu"]
+    for answer in pair(own_device, "cuda:0"):
+        assert "one device for several processes" in str(answer)
+    assert own_device("cuda:1") == "cuda:1"

@@ -13,7 +13,7 @@ from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, 
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import L1Ball, L2Ball, LinfBall
 from robustflat.losses.labels import noisy
-from robustflat.rng import Rows, drawn_for_batch, held, holding
+from robustflat.rng import Rows, drawn_for_batch, held, holding, of_the_whole
 from robustflat.training.team import share_of
 
 BALLS = [LinfBall(0.1), L2Ball(0.5), L1Ball(2.0)]
@@ -122,7 +122,9 @@ def test_rows_of_parts_of_a_batch():
         assert held(4) == rows
         with holding(rows.after(8)):
             assert held(2) == Rows.all(2)
+        assert of_the_whole(4) == 8
     assert held(5) == Rows.all(5)
+    assert of_the_whole(5) == 5
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 2), ()])
