@@ -60,6 +60,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert row["epoch/loss"] == pytest.approx(twin["epoch/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_run_of_one(cli, pair, tmp_path):
     assert cli(*SHARED, "outputs=one").code == 0
     first, second = pair(command, str(tmp_path), (*SHARED, "outputs=two"))
