@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from robustflat.errors import UserError
 
@@ -62,7 +64,7 @@ class Ranks:
         for group in groups.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
             dist.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            for tensor, part in zip(group, torch.split(flat, [t.numel() for t in group]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
     def mean_(self, tensors: Iterable[Tensor]) -> None:
@@ -73,6 +75,14 @@ class Ranks:
         self.sum_(tensors)
         for tensor in tensors:
             tensor.detach().div_(self.size)
+
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over all ranks of each tensor, as new tensors; for those that share memory with others, too."""
+        if self.size == 1:
+            return list(tensors)
+        copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        self.mean_(copies)
+        return copies
 
     def collect(self, mine: Sequence[T]) -> list[T]:
         """The items of all ranks in the order in which `share` took them apart; every rank gets all.
@@ -94,14 +104,46 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the first rank's, in place."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            copy = tensor.detach().contiguous()
+            dist.broadcast(copy, src=0)
+            tensor.detach().copy_(copy)
+
+    def same(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the tensors are equal on all ranks, bit for bit (by a sum of their bits); the same answer on all."""
+        if self.size == 1:
+            return True
+        return len(set(self.collect([_bits(tensors)]))) == 1
+
     def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on some rank; every rank gets the same answer."""
-        return any(self.collect([flag]))
+        """Whether `flag` holds on some rank; every rank gets the same answer. Does not wait for a GPU."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count)
+        return bool(count)
 
     def wait(self) -> None:
-        """Return when all ranks have come here."""
+        """Return when all ranks have come here, which may take days: the first one may be measuring alone."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=_PATIENT[0] if _PATIENT else None)
+
+
+_PATIENT: list[Any] = []
+"""The group of all ranks that waits for days; within `joined`."""
+
+
+def _bits(tensors: Iterable[Tensor]) -> int:
+    """Sum of all bytes, each tensor's times its place: independent of the order of the additions."""
+    sums = [t.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
+    if not sums:
+        return 0
+    found = torch.stack(sums)
+    return int((found * torch.arange(1, len(sums) + 1, device=found.device)).sum())
 
 
 def current() -> Ranks:
@@ -111,34 +153,80 @@ def current() -> Ranks:
     return Ranks()
 
 
+def started() -> int:
+    """How many processes torchrun has started for the job of this one; 1 if nobody has."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+
+
+_SPEAKS: list[bool] = []
+"""Once this process has failed among others: whether it was the first one to fail."""
+
+_LOST = ("onnection closed by peer", "onnection reset by peer", "imed out waiting", "Broken pipe", "NCCL")
+
+
+def speaks() -> bool:
+    """Whether this process may print an error: of processes that share a job only the first that failed does.
+
+    Where none has failed within `joined`, that is the first rank: what is wrong then is wrong on all of them.
+    """
+    return _SPEAKS[-1] if _SPEAKS else int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the other processes if torchrun started this one; leave them at the end.
 
     With CUDA every rank takes the card of its local rank and speaks nccl (gloo for what lies on the CPU), without it
-    gloo alone.
+    gloo alone. A rank that fails takes the others with it: they lose the connection, or are ended by torchrun.
 
     Yields:
         This process's place among them.
 
     Raises:
-        UserError: if there are fewer cards than processes on this machine.
+        UserError: if there are fewer cards than processes on this machine, or another rank has gone.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if started() < 2 or dist.is_initialized():
         yield current()
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= cards:
-            raise UserError(
-                f"torchrun started more processes than this machine has cards ({cards}). Give --nproc-per-node "
-                f"{cards}, or hide the cards with CUDA_VISIBLE_DEVICES= to run on the processor."
-            )
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    _SPEAKS.clear()
+    backend = _backend()
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
+    _PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     try:
         yield current()
-    finally:
+    except BaseException as error:
+        _SPEAKS.append(_is_first_failure(store))
+        if backend == "gloo":
+            dist.destroy_process_group()  # nccl would wait here for ranks that wait for this one
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
+            raise UserError(
+                "Another process of this job has gone: it was killed, perhaps because memory ran out, or does not "
+                "answer. The same command goes on from the last checkpoint."
+            ) from error
+        raise
+    else:
         dist.destroy_process_group()
+    finally:
+        _PATIENT.clear()
+
+
+def _backend() -> str:
+    """Backend for this machine, after taking the card of this rank."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= cards:
+        raise UserError(
+            f"torchrun started more processes than this machine has cards ({cards}). Give --nproc-per-node "
+            f"{cards}, or hide the cards with CUDA_VISIBLE_DEVICES= to run on the processor."
+        )
+    torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _is_first_failure(store: Store) -> bool:
+    try:
+        return bool(store.add("failures", 1) == 1)
+    except RuntimeError:  # whoever kept the store has gone, and has said why
+        return False

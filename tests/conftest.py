@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.pair import Pair
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Two processes that share jobs; they start when the first test asks for them."""
+    two = Pair()
+    yield two
+    two.close()
 
 
 @pytest.fixture(autouse=True)

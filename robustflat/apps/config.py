@@ -110,6 +110,10 @@ def identity(config: DictConfig) -> dict[str, Any]:
     container = resolved(config)
     for key in NOT_IDENTITY:
         _remove(container, key.split("."))
+    if (container.get("trainer") or {}).get(
+        "sync_batch_norm"
+    ) is True:  # then a run is the same on any number of processes
+        _remove(container, ["trainer", "sync_batch_norm"])
     return container
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -22,7 +23,15 @@ def wide_console() -> Console:
 
 
 def complain(message: str) -> None:
-    """Print an error to the standard error stream: plain text in one piece, nothing in it is markup."""
+    """Print an error to the standard error stream: plain text in one piece, nothing in it is markup.
+
+    Of processes that share a job only one prints.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from robustflat.ranks import speaks  # not before: torch may be what is broken
+
+        if not speaks():
+            return
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False)
 
 

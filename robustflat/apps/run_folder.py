@@ -120,6 +120,36 @@ class RunFolder:
         self._lock.close()
 
 
+class FollowedFolder(RunFolder):
+    """The folder as seen by a process that shares a run with the one that has opened it: it writes nothing.
+
+    Args:
+        path: the folder.
+        done: whether training has finished, as the process that has opened the folder says.
+    """
+
+    def __init__(self, path: Path, *, done: bool) -> None:
+        self.path = path
+        self._done = done
+
+    @property
+    def done(self) -> bool:
+        """Whether training had finished when the folder was opened."""
+        return self._done
+
+    def mark_done(self) -> None:
+        """Leave that to the process that has opened the folder; so with the other methods."""
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def abandon(self) -> None:
+        """Remove nothing."""
+
+    def close(self) -> None:
+        """There is no lock to give back."""
+
+
 def _json_ready(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _json_ready(v) for k, v in value.items()}

@@ -35,6 +35,7 @@ from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.apps.summary import print_summary
 from robustflat.apps.surrogates import give_surrogates
+from robustflat.apps.together import NO_SWEEP, described, one_after_the_other, open_folder, own_device, sharing
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
@@ -45,6 +46,7 @@ from robustflat.loggers.jsonl import JsonlLogger
 from robustflat.loggers.ledger import LEDGER, LedgerLogger
 from robustflat.models.inference import keep_freed_memory
 from robustflat.models.passes import PassCounter
+from robustflat.ranks import current, joined, speaks, started
 from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
@@ -87,17 +89,24 @@ def job(config: DictConfig) -> float:
     context = HydraConfig.get()
     path = Path(context.runtime.output_dir)
     sweeping = context.mode is not None and context.mode.name == "MULTIRUN"
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not speaks())
     try:
         if config.explain:
             print_method(config, console)
             remove_if_empty(path)
             return float("nan")
         command = list(context.overrides.task)
-        if sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher"):
+        isolated = sweeping and str(context.launcher.get("_target_")).endswith(".JoblibLauncher")
+        if sweeping and started() > 1:
+            if isolated:
+                raise UserError(NO_SWEEP)  # in a worker, which has to live on
+            complain(NO_SWEEP)
+            sys.exit(1)
+        if isolated:
             results = run_isolated(config, path, command)
         else:
-            results = run(config, path, command=command, console=console)
+            with joined():
+                results = run(config, path, command=command, console=console)
     except Exception as error:
         remove_if_empty(path)
         message = explained(error)
@@ -126,25 +135,34 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
     """
     require_valid(config)
     make_deterministic(config.deterministic)
-    config.device = choose_device(config.device)
+    config.device = own_device(choose_device(config.device))
     check_together(config)
     name = path.parent.name
-    folder = RunFolder(path, identity(config))
+    folder = open_folder(path, identity(config))
     with closing(folder):
         key = evaluation_key(config)
-        results = folder.read_json("results.json").get(key)
+        results: dict[str, Any] = current().agreed(folder.read_json("results.json").get(key) or {})
         if folder.done and results and results["complete"] and not config.force:
             what = ", so that there is nothing to profile" if config.profile else ""
             console.print(f"This run is done (nothing was trained{what}): {path}")
         else:
             session = trained(config, folder, name=name, command=command, console=console)
             try:
-                results = measure(session, key)
+                results = measured(session, key)
             finally:
                 session.logger.finish("done")
             draw_curves(session)
-        print_summary(console, results, path, facts=results["facts"])
+        facts = results["facts"] + described(folder.read_json("provenance.json"))
+        print_summary(console, results, path, facts=facts)
     return results
+
+
+def measured(session: Session, key: str) -> dict[str, Any]:
+    """The measurements of a trained run, on every rank: the first makes them, the others wait."""
+    ranks = current()
+    results = measure(session, key) if ranks.first else {}
+    ranks.wait()
+    return ranks.agreed(results)
 
 
 def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:
@@ -183,7 +201,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
     give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
-    require_splits(config, dataset)
+    one_after_the_other(lambda: require_splits(config, dataset))
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     keep_freed_memory()
     console.print(dataset.describe(), markup=False)
@@ -191,7 +209,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     steps = len(stream := dataset.train_stream(streams)) * config.trainer.epochs
     console.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps:,} steps, device {config.device}, "
-        f"{torch.get_num_threads()} threads, seed {config.seed}\nrun folder {folder.path}",
+        f"{torch.get_num_threads()} threads, {_processes(config)}seed {config.seed}\nrun folder {folder.path}",
         markup=False,
         soft_wrap=True,
     )
@@ -208,19 +226,21 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     )
     trainer.meta = {"config": OmegaConf.to_yaml(config, resolve=True), "robustflat": robustflat.__version__}
     session = Session(config, folder, name, console, dataset, trainer, logger)
-    write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    folder.write_json("provenance.json", _origin(folder, dataset, command))
+    if current().first:
+        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        folder.write_json("provenance.json", _origin(folder, dataset, command, sharing(config)))
     _resume(session)
     return session
 
 
-def _origin(folder: RunFolder, dataset: Dataset, command: list[str]) -> dict[str, Any]:
+def _origin(folder: RunFolder, dataset: Dataset, command: list[str], shared: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance of the run; what another version or machine has trained or measured of it before is kept."""
     hashes = {"train": dataset.train.digest(), "test": dataset.test.digest()}
-    now = provenance(command) | {"data": dataset.describe(), "data_hash": hashes}
+    now = provenance(command) | {"data": dataset.describe(), "data_hash": hashes, **shared}
     before = folder.read_json("provenance.json")
     earlier = before.pop("earlier", [])
     different = before and any(before.get(key) != now[key] for key in ("commit", "dirty", "packages", "cpu", "gpu"))
+    different = different or (before and before.get("processes", 1) != now["processes"])
     return now | ({"earlier": [*earlier, before]} if different else {"earlier": earlier} if earlier else {})
 
 
@@ -267,6 +287,12 @@ def seeded_model(config: DictConfig) -> nn.Module:
     return model
 
 
+def _processes(config: DictConfig) -> str:
+    shared = sharing(config)
+    count = shared["processes"]
+    return f"{count} processes (batch norm over the {shared['batch_norm']}), " if count > 1 else ""
+
+
 def _ledger(config: DictConfig, folder: RunFolder, model: nn.Module) -> LedgerLogger:
     """Keeps ledger.json by the passes of a network."""
     counter = PassCounter()
@@ -280,6 +306,8 @@ def _ledger(config: DictConfig, folder: RunFolder, model: nn.Module) -> LedgerLo
 
 def _logger(config: DictConfig, folder: RunFolder, name: str, console: Console, *, ledger: LedgerLogger) -> Many:
     """metrics.jsonl, ledger.json and the terminal always, and the configured one besides."""
+    if not current().first:
+        return Many([])
     made = build(config.logger)
     if isinstance(made, functools.partial):
         known = {"run_id": folder.path.name, "group": name, "config": resolved(config), "folder": folder.path}
@@ -290,7 +318,8 @@ def _logger(config: DictConfig, folder: RunFolder, name: str, console: Console, 
 
 
 def _resume(session: Session) -> None:
-    newest = load_newest(session.folder.checkpoints)
+    ranks = current()
+    newest = ranks.agreed(load_newest(session.folder.checkpoints) if ranks.first else None)
     if newest is None:
         session.logger.rewind(0)
         return
@@ -348,7 +377,7 @@ def draw_curves(session: Session) -> None:
         if isinstance(callback, PeriodicEvaluation)
         for row in callback.history
     ]
-    if rows:
+    if rows and current().first:
         title = f"{session.name}, seed {session.config.seed}"
         training_curves([rows], session.folder.path / "curves.png", title=title)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
+from robustflat.rng import drawn_for_batch
 from robustflat.types import Forward, Found, Objective
 
 
@@ -77,7 +80,8 @@ class RandomNoise:
         if self.kind == "uniform":
             return self.ball.sample(x, generator)
         device = x.device if generator is None else generator.device
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+        draw = partial(torch.randn, generator=generator, dtype=x.dtype, device=device)
+        noise = drawn_for_batch(draw, x.shape).to(x.device)
         size = self.ball.size(noise, torch.zeros_like(x)).view(-1, 1, 1, 1).to(x.dtype)
         return self.ball.project(x + self.ball.epsilon / size * noise, x)
 
@@ -143,6 +147,7 @@ class NFgsm:
 
     def _noisy(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         device = x.device if generator is None else generator.device
-        unit = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+        draw = partial(torch.rand, generator=generator, dtype=x.dtype, device=device)
+        unit = drawn_for_batch(draw, x.shape).to(x.device)
         noise = self.noise_factor * self.ball.epsilon * (2 * unit - 1)
         return (x + noise).clamp(self.ball.low, self.ball.high)

@@ -6,6 +6,8 @@ al., ICCV 2021; early stopping (tau) as released there.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
+from robustflat.rng import drawn_for_batch
 from robustflat.types import Forward, Found, Objective
 
 GAUSSIAN_START = 0.001
@@ -235,8 +238,8 @@ class Pgd:
         if self.random_start == "uniform_norm":
             return self.ball.sample_uniform_norm(x, generator)
         device = x.device if generator is None else generator.device
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
-        return self.ball.project(x + GAUSSIAN_START * noise, x)
+        draw = partial(torch.randn, generator=generator, dtype=x.dtype, device=device)
+        return self.ball.project(x + GAUSSIAN_START * drawn_for_batch(draw, x.shape).to(x.device), x)
 
     def _evaluate(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
         """Value and success at `point`, and the gradient of the value."""

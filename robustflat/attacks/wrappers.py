@@ -28,6 +28,7 @@ from robustflat.attacks.judging import (
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
 from robustflat.models.modes import frozen, training
+from robustflat.rng import held, holding
 from robustflat.types import Attack, Forward, Found, Objective
 
 MODES = ("eval", "train")
@@ -166,10 +167,19 @@ class Fraction:
     ) -> Found:
         """Clean images first, attacked ones after, in the order of x (B, C, H, W); see `types.Attack`."""
         check_shapes(x, y)
+        rows = held(len(x))
         # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
-        clean = math.floor((1 - self.fraction) * x.shape[0] + 1e-9)
+        start = math.floor((1 - self.fraction) * rows.total + 1e-9)
+        rows = rows.after(start)
+        clean = len(x) - len(rows.numbers)
+        if (start and not clean) or (rows.total and not rows.numbers):
+            raise UserError(
+                f"fraction={self.fraction:g} leaves a process without clean or without attacked images: choose a "
+                "larger dataset.batch_size, or fewer processes."
+            )
         first = judge(forward, x[:clean], y[:clean], objective or self.objective, targeted=self.targeted)
-        rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
+        with holding(rows):
+            rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
         return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
 
     def explain(self) -> Explanation:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustflat.rng import drawn_for_batch
+
 
 def precision(v: Tensor) -> torch.dtype:
     """Type to compute in: float64 for float64, else float32 (also for half precision)."""
@@ -26,12 +28,18 @@ def positive(v: Tensor) -> Tensor:
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform in [0, 1), at least float32, drawn where the generator lives and brought to `like`'s device."""
     device = like.device if generator is None else generator.device
-    drawn = torch.rand(tuple(shape), generator=generator, dtype=precision(like), device=device)
-    return drawn.to(like.device)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=precision(like), device=device)
+
+    return drawn_for_batch(draw, shape).to(like.device)
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal, at least float32, drawn where the generator lives and brought to `like`'s device."""
     device = like.device if generator is None else generator.device
-    drawn = torch.randn(tuple(shape), generator=generator, dtype=precision(like), device=device)
-    return drawn.to(like.device)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=precision(like), device=device)
+
+    return drawn_for_batch(draw, shape).to(like.device)

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.errors import require_one_of, require_range
 from robustflat.explanation import Cost, Explanation
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.plain import Plain
+from robustflat.gradients.shared import backward, loss_and_gradient
 from robustflat.models.modes import displaced, frozen_statistics, perturbable
 from robustflat.types import AdvBatch, LossTerms, Weights
 
@@ -110,7 +111,7 @@ class AdversarialWeights:
         frozen_here = frozen_statistics(model) if self.statistics == "unperturbed" else nullcontext()
         with displaced(model, nu), frozen_here:
             terms = loss(batch)
-            terms.total.backward()  # type: ignore[no-untyped-call]
+            backward(terms.total, model)
         return {**terms.parts, "weight_ascent": terms.total.detach() - before}
 
     def _ascend(
@@ -133,24 +134,3 @@ class AdversarialWeights:
 
     def _chosen(self, model: nn.Module) -> Weights:
         return perturbable(model, norm_layers=self.norm_layers, biases=self.biases)
-
-
-def loss_and_gradient(model: nn.Module, names: list[str], score: Callable[[], LossTerms]) -> tuple[Tensor, Weights]:
-    """Total loss, 0-dim and detached, and its gradient by the named parameters; no `p.grad` changes.
-
-    Args:
-        model: the network that `score` scores.
-        names: parameters of the model; the gradient of one that the loss does not depend on is zero.
-        score: computes the loss.
-
-    Raises:
-        UserError: if the loss depends on none of the parameters.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    chosen = [parameters[name] for name in names]
-    terms = score()
-    if not terms.total.requires_grad:
-        raise UserError("the loss does not depend on the model's weights, so there is no direction to perturb them in.")
-    found = torch.autograd.grad(terms.total, chosen, allow_unused=True)
-    slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, found, strict=True)]
-    return terms.total.detach(), dict(zip(names, slopes, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_range
 from robustflat.explanation import Cost, Explanation
-from robustflat.gradients.adversarial_weights import loss_and_gradient
+from robustflat.gradients.shared import loss_and_gradient
 from robustflat.models.modes import displaced
 from robustflat.types import AdvBatch, LossTerms
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_range
 from robustflat.explanation import Cost, Explanation
+from robustflat.gradients.shared import backward
 from robustflat.types import AdvBatch, LossTerms
 
 
@@ -55,7 +56,7 @@ class Plain:
         batch = next_batch()
         if self.micro_batches == 1:
             terms = loss(batch)
-            terms.total.backward()  # type: ignore[no-untyped-call]
+            backward(terms.total, model)
             return terms.parts
         size, rest = divmod(len(batch.x), self.micro_batches)
         if rest or not size:
@@ -66,7 +67,7 @@ class Plain:
         for start in range(0, len(batch.x), size):
             rows = slice(start, start + size)
             terms = loss(AdvBatch(batch.x[rows], batch.x_adv[rows], batch.y[rows]))
-            (terms.total / self.micro_batches).backward()  # type: ignore[no-untyped-call]
+            backward(terms.total / self.micro_batches, model)
             for name, value in terms.parts.items():
                 means[name] = means.get(name, 0.0) + value / self.micro_batches
         return means

@@ -12,6 +12,7 @@ from robustflat.errors import require_one_of, require_range
 from robustflat.explanation import Cost, Explanation
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.gradients.plain import Plain
+from robustflat.gradients.shared import backward
 from robustflat.models.modes import displaced, frozen_statistics, perturbable
 from robustflat.types import AdvBatch, LossTerms
 
@@ -89,7 +90,7 @@ class RandomWeights:
             nu = self.ball.sample(w, self._generator, sampling=self.sampling)
             with displaced(model, nu), frozen_statistics(model) if draw else nullcontext():
                 terms = loss(batch)
-                (terms.total / self.population).backward()  # type: ignore[no-untyped-call]
+                backward(terms.total / self.population, model)
             for name, value in terms.parts.items():
                 means[name] = means.get(name, 0.0) + value / self.population
         return means

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from robustflat.rng import drawn_for_batch
 
 SMOOTHING_TARGETS = ("paper", "uniform")
 
@@ -50,8 +54,10 @@ def noisy(y: Tensor, classes: int, *, amount: float, generator: torch.Generator 
     Returns:
         Labels in the form and dtype of y.
     """
-    drawn = torch.randint(classes, y.shape[:1], generator=generator, device=y.device)
-    replaced = torch.rand(y.shape[:1], generator=generator, device=y.device) < amount
+    label = partial(torch.randint, classes, generator=generator, device=y.device)
+    unit = partial(torch.rand, generator=generator, device=y.device)
+    drawn = drawn_for_batch(label, y.shape[:1])
+    replaced = drawn_for_batch(unit, y.shape[:1]) < amount
     if y.is_floating_point():
         return torch.where(replaced[:, None], F.one_hot(drawn, classes).to(y.dtype), y)
     return torch.where(replaced, drawn, y)

@@ -16,6 +16,7 @@ from robustflat.explanation import Explanation
 from robustflat.losses.base import ONE_SCORING, TrainingLoss, at_least_float32
 from robustflat.models.classifier import ROTATIONS
 from robustflat.models.modes import evaluating, frozen, frozen_statistics
+from robustflat.rng import Rows, drawn_for_batch, held, holding
 from robustflat.types import AdvBatch, Attack, Batch, Forward, LossTerms
 
 
@@ -72,7 +73,10 @@ class Rotation(TrainingLoss):
         """
         _require_usable(model, batch)
         x, y = batch.x.clone(), batch.y.clone()
-        turns = torch.randint(ROTATIONS, y[1::2].shape, generator=generator, device=y.device)
+        kept, turned = _halves(len(y))
+        draw = partial(torch.randint, ROTATIONS, generator=generator, device=y.device)
+        with holding(turned):
+            turns = drawn_for_batch(draw, y[1::2].shape)
         x[1::2], y[1::2] = rotated(x[1::2], turns), -1 - turns
         x_adv = x
         if not isinstance(attack, NoAttack):
@@ -81,8 +85,10 @@ class Rotation(TrainingLoss):
                 state.enter_context(evaluating(model) if self.attack_mode == "eval" else frozen_statistics(model))
                 classify, predict_turns = self._heads(model)
                 x_adv = x.clone()
-                x_adv[0::2] = _attacked(attack, classify, x[0::2], y[0::2], generator)
-                x_adv[1::2] = _attacked(attack, predict_turns, x[1::2], turns, generator)
+                with holding(kept):
+                    x_adv[0::2] = _attacked(attack, classify, x[0::2], y[0::2], generator)
+                with holding(turned):
+                    x_adv[1::2] = _attacked(attack, predict_turns, x[1::2], turns, generator)
         return AdvBatch(x, x_adv, y)
 
     def _heads(self, model: nn.Module) -> tuple[Forward, Forward]:
@@ -144,6 +150,21 @@ def _logits(model: nn.Module, which: int, x: Tensor) -> Tensor:
 
 def _attacked(attack: Attack, forward: Forward, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
     return attack(forward, x, y, None, generator).x_adv.detach()
+
+
+def _halves(count: int) -> tuple[Rows, Rows]:
+    """Every second row of a batch, and the others; also where this process holds `count` rows of a shared batch.
+
+    Raises:
+        UserError: if its rows are not by turns of the one and the other kind; the kinds would weigh unequally then.
+    """
+    rows = held(count)
+    if any(n % 2 != i % 2 for i, n in enumerate(rows.numbers)):
+        raise UserError(
+            f"self-supervision needs an even number of images per process, got {count}: choose another "
+            "dataset.batch_size, or another number of processes."
+        )
+    return rows.every_second(0), rows.every_second(1)
 
 
 def _mean_over(chosen: Tensor, values: Tensor) -> Tensor:

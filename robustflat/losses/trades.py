@@ -11,6 +11,7 @@ from robustflat.attacks.pgd import NoAttack
 from robustflat.errors import require_one_of, require_range
 from robustflat.explanation import FORWARD, Cost, Explanation
 from robustflat.losses.base import ONE_SCORING, TrainingLoss, at_least_float32, error_rate
+from robustflat.ranks import current
 from robustflat.types import AdvBatch, Attack, Batch, LossTerms, Objective
 
 
@@ -83,9 +84,11 @@ class Trades(TrainingLoss):
 
 
 def mean_divergence(logits: Tensor, y: Tensor) -> Tensor:
-    """The batch mean of `kl_divergence`, given to every example, (B,)."""
+    """The batch mean of `kl_divergence`, given to every example, (B,); on several ranks that of the whole batch."""
     values = kl_divergence(logits, y)
-    return values.mean().expand(len(values))
+    mean = values.mean()
+    (whole,) = current().means([mean.detach()])
+    return (mean + (whole - mean.detach())).expand(len(values)) if current().size > 1 else mean.expand(len(values))
 
 
 def clean_and_adversarial_logits(model: nn.Module, batch: AdvBatch, *, joint: bool) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
+from robustflat.rng import of_the_whole
+
 
 class Passes(NamedTuple):
     """Batches that went forward and backward through a network, and images that went forward."""
@@ -25,6 +27,7 @@ class Passes(NamedTuple):
 class PassCounter:
     """Counts the passes of the networks that it is attached to, and of copies that are made of them meanwhile.
 
+    Of a batch that several processes share, the images of all are counted, and the passes of this one.
     A backward pass is a gradient that reaches a network's output. It costs microseconds a pass and changes no number.
 
     >>> import torch
@@ -62,7 +65,7 @@ class PassCounter:
     def _forward(self, _: nn.Module, arguments: tuple[object, ...], output: object) -> None:
         self._forwards += 1
         first = arguments[0] if arguments else None
-        self._images += len(first) if isinstance(first, Tensor) and first.ndim else 0
+        self._images += of_the_whole(len(first)) if isinstance(first, Tensor) and first.ndim else 0
         outputs = output if isinstance(output, tuple | list) else (output,)
         followed = [part for part in outputs if isinstance(part, Tensor) and part.requires_grad]
         if followed:

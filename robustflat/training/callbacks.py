@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.explanation import Explanation
 from robustflat.models.modes import perturbable
+from robustflat.ranks import current
 from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, save
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class Callback:
     """Hooks of the training loop, which all do nothing here.
+
+    Where several processes train together they are called on all of them, and must leave the same state on all; only
+    the first writes files and prints (`ranks.current().first`).
 
     Attributes:
         in_checkpoints: whether checkpoints hold its state; a run that was saved with such a callback needs it again.
@@ -110,7 +114,8 @@ class SaveLast(Callback):
     def _save(self, trainer: Trainer) -> None:
         folder = _folder(self.folder, trainer)
         keep = folder / PREVIOUS if self.keep_previous else None
-        save(folder / LAST, trainer.state_dict(), _meta(trainer), keep=keep)
+        if current().first:  # all have the same state
+            save(folder / LAST, trainer.state_dict(), _meta(trainer), keep=keep)
 
 
 class Snapshots(Callback):
@@ -144,7 +149,8 @@ class Snapshots(Callback):
         if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
             return
         parts = {name: network.state_dict() for name, network in trainer.networks().items()}
-        save(_folder(self.folder, trainer) / f"epoch_{trainer.epoch:04d}.pt", parts, _meta(trainer))
+        if current().first:
+            save(_folder(self.folder, trainer) / f"epoch_{trainer.epoch:04d}.pt", parts, _meta(trainer))
 
 
 class WeightAverage(Callback):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustflat.errors import require_range
 from robustflat.loggers.base import Null
+from robustflat.ranks import current
 from robustflat.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -72,11 +73,12 @@ class Rewind(Callback):
         trainer.schedule.rescale(self.factor**used)
         if isinstance(trainer.logger, Null):
             trainer.logger.rewind(trainer.step)
-        print(
-            f"Training diverged: back to epoch {trainer.epoch} with {self.factor**used:g} times the learning rate "
-            f"(rewind {used} of at most {self.times}).",
-            flush=True,
-        )
+        if current().first:
+            print(
+                f"Training diverged: back to epoch {trainer.epoch} with {self.factor**used:g} times the learning rate "
+                f"(rewind {used} of at most {self.times}).",
+                flush=True,
+            )
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from torch.profiler import record_function
 
 from robustflat.attacks.pgd import NoAttack
 from robustflat.attacks.searching import Searching
+from robustflat.attacks.shareable import require_shareable
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
+from robustflat.loggers.base import Null
 from robustflat.losses.base import TrainingLoss
 from robustflat.models.precision import device_of
 from robustflat.rng import Streams
@@ -24,6 +26,7 @@ from robustflat.training.callbacks import Callback
 from robustflat.training.checkpoint import load_into
 from robustflat.training.means import RunningMeans
 from robustflat.training.schedules import Schedule
+from robustflat.training.team import Team
 from robustflat.types import AdvBatch, Attack, Batch, Logger, LossTerms
 
 PRECISIONS = ("fp32", "bf16")
@@ -106,6 +109,8 @@ class Trainer:
         precision: "fp32", or "bf16": crafting and scoring under autocast, weights and optimizer in float32.
         search: what the attack searches on: "plain" (the network itself), or a copy with batch norm folded, channels
             last, in "fp32" or "bf16" (see `attacks.searching`); a loss that attacks in training mode ignores it.
+        sync_batch_norm: where several processes share the batches (see `Team`), whether batch norm uses the statistics
+            of the whole batch; a single process has no use for it.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
 
@@ -136,6 +141,7 @@ class Trainer:
         wrappers: Mapping[str, Callable[[Attack], Attack] | None] | None = None,
         precision: str = "fp32",
         search: str = "plain",
+        sync_batch_norm: bool = True,
         log_every: int = 50,
         folder: str | Path | None = None,
     ) -> None:
@@ -153,7 +159,11 @@ class Trainer:
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(self.optimizer, epochs * len(data))
         self.callbacks = {name: c for name, c in (callbacks or {}).items() if c is not None}
-        self.epochs, self.logger, self.streams = epochs, logger, streams
+        self._team = Team(sync_batch_norm=sync_batch_norm, batch_size=getattr(data, "batch_size", None))
+        if self._team.ranks.size > 1:
+            require_shareable(self.attack)
+        self.epochs, self.streams = epochs, streams
+        self.logger: Logger = logger if self._team.ranks.first else Null()
         self.precision, self.log_every = precision, log_every
         self.folder = None if folder is None else Path(folder)
         self.meta: dict[str, Any] = {}
@@ -161,6 +171,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.stop_requested = False
         self._means = RunningMeans()
+        self._share = 0
         self._clock = _Clock()
 
     def fit(self) -> None:
@@ -172,6 +183,7 @@ class Trainer:
             TrainingStopped: if `stop_requested` is set; callbacks have saved what they save then.
         """
         self._clock = _Clock()
+        self._team.begin(self.model)
         self.model.train()
         for callback in self.callbacks.values():
             callback.on_fit_start(self)
@@ -247,21 +259,24 @@ class Trainer:
 
     def _next_batch(self) -> AdvBatch:
         with record_function("data"):
-            batch = next(self.data)
-        self._clock.images += len(batch.x)
-        with record_function("craft"), self._autocast():
+            whole = next(self.data)
+        self._clock.images += len(whole.x)
+        batch = self._team.share(whole)
+        self._share = len(batch.x)
+        with record_function("craft"), self._autocast(), self._team.working(self.model, self._share):
             crafted = self.loss.craft(self.model, self.attack, batch, self.streams["attack"])
         for callback in self.callbacks.values():
             callback.after_craft(self)
         return crafted
 
     def _score(self, batch: AdvBatch) -> LossTerms:
-        with record_function("score"), self._autocast():
+        self._team.working_on_part(len(batch.x), of=self._share)
+        with record_function("score"), self._autocast(), self._team.working(self.model, len(batch.x)):
             return self.loss(self.model, batch, self.streams["loss"])
 
     def _train_epoch(self) -> None:
         while self.step < (self.epoch + 1) * len(self.data):
-            if self.stop_requested:
+            if self._team.ranks.any(self.stop_requested):
                 self._stop()
             self._train_step()
         with record_function("epoch end"):
@@ -284,12 +299,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.gradient, FollowsTraining):
             self.gradient.follow(epoch=self.epoch, step=self.step, generator=self.streams["weights"])
-        self._means.add(self.gradient(self.model, self._next_batch, self._score))
+        self._means.add(self._team.mean(self.gradient(self.model, self._next_batch, self._score)))
+        self._team.settle(self.model)
         with record_function("update"):
             self.optimizer.step()
             self.schedule.step()
         self.step += 1
         self._clock.steps += 1
+        if self._clock.steps == 1:
+            self._team.require_in_step(self.model)
         for callback in self.callbacks.values():
             callback.after_step(self)
         if self.step % self.log_every == 0:
@@ -306,6 +324,7 @@ class Trainer:
         self._read_means()
         if not all_finite(self.model):
             self.diverged("a weight is infinite or not a number")
+        self._team.require_in_step(self.model)
         self.epoch += 1
         self.history.append({"epoch": float(self.epoch), **self._means.read_all()})
         values = {f"epoch/{name}": value for name, value in self.history[-1].items() if name != "epoch"}
