@@ -17,6 +17,7 @@ from robustflat.attacks.searching import Searching
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.losses.base import TrainingLoss
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
 from robustflat.rng import Streams
 from robustflat.training.callbacks import Callback
@@ -105,6 +106,8 @@ class Trainer:
         precision: "fp32", or "bf16": crafting and scoring under autocast, weights and optimizer in float32.
         search: what the attack searches on: "plain" (the network itself), or a copy with batch norm folded, channels
             last, in "fp32" or "bf16" (see `attacks.searching`); a loss that attacks in training mode ignores it.
+        memory_budget: of a pass of the attack and its gradient, in eval mode: MiB, "auto" or `None`; see
+            `attacks.searching`.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
 
@@ -135,6 +138,7 @@ class Trainer:
         wrappers: Mapping[str, Callable[[Attack], Attack] | None] | None = None,
         precision: str = "fp32",
         search: str = "plain",
+        memory_budget: MemoryBudget = "auto",
         log_every: int = 50,
         folder: str | Path | None = None,
     ) -> None:
@@ -142,10 +146,12 @@ class Trainer:
         require_range("log_every", log_every, low=1)
         require_one_of("precision", precision, PRECISIONS)
         require_one_of("search", search, SEARCHES)
+        require_memory_budget(memory_budget)
         if len(data) < 1:
             raise UserError("the training set is smaller than one batch; reduce dataset.batch_size.")
-        if search != "plain" and not isinstance(attack, NoAttack):
-            attack = Searching(attack, search)  # inside the wrappers, which may need the network itself
+        if (search != "plain" or memory_budget is not None) and not isinstance(attack, NoAttack):
+            # Inside the wrappers, which may need the network itself.
+            attack = Searching(attack, search, memory_budget=memory_budget)
         for wrap in (wrappers or {}).values():
             attack = attack if wrap is None else wrap(attack)
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
