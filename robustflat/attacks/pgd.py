@@ -241,7 +241,7 @@ class Pgd:
 
     def _evaluate(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
         """Value and success at `point`, and the gradient of the value, piece by piece where memory is bounded."""
-        parts = [self._pass(part, *inputs, goal) for part, inputs in pieces(forward, point, y)]
+        parts = [self._pass(network, at, labels, goal) for network, (at, labels) in pieces(forward, point, y)]
         if len(parts) == 1:
             return parts[0]
         values, fooled = (torch.cat([found[i] for found, _ in parts]) for i in (1, 2))

@@ -74,7 +74,7 @@ def bounded(model: nn.Module, x: Tensor, *, need: float, limit: float) -> nn.Mod
         return model
     fitting = max(int(limit / need), 1)
     count = 2 ** math.ceil(math.log2(len(x) / fitting))
-    return InChunks(model, max(len(x) // count, 1))
+    return InChunks(model, math.ceil(len(x) / count))
 
 
 def bytes_per_image(model: nn.Module, x: Tensor) -> float:

@@ -132,3 +132,12 @@ def test_a_budget_bounds_the_images_of_a_pass() -> None:
 def test_what_is_no_budget_is_refused() -> None:
     with pytest.raises(UserError, match="memory_budget"):
         Searching(Pgd(BALL, steps=1, step_size=0.1), "fp32", memory_budget="little")
+
+
+@pytest.mark.parametrize(("channels", "sizes"), [(4, [128]), (256, [64, 64])])
+def test_by_itself_it_takes_large_networks_64_images_at_once(channels: int, sizes: list[int]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    seen, x = list[int](), torch.rand(128, 1, 16, 16)
+    model.eval().register_forward_hook(lambda _, arguments, __: seen.append(len(arguments[0])))
+    Searching(Pgd(BALL, steps=1, step_size=0.1), "plain")(model, x, torch.zeros(128, dtype=torch.int64))
+    assert seen == 2 * sizes
