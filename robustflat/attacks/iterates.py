@@ -36,6 +36,7 @@ class Walk:
     ) -> None:
         self.ball = ball
         self.x = x
+        self._project = ball.onto(x)
         self.step_size = step_size
         self.momentum = momentum
         self.shrink = shrink
@@ -57,7 +58,7 @@ class Walk:
             old = torch.zeros_like(direction) if self._velocity is None else self._velocity
             direction = self._velocity = self.momentum * old + (1 - self.momentum) * direction
         length = self.step_size if self._lengths is None else self._lengths
-        return self.ball.project(new.x_adv + length * direction, self.x)
+        return self._project(new.x_adv + length * direction)
 
     def _take_back(self, new: Found, grad: Tensor, factor: float) -> tuple[Found, Tensor]:
         if self._at is None or self._lengths is None:

@@ -29,6 +29,7 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
+from robustflat.models.chunks import pieces
 from robustflat.rng import drawn_for_batch
 from robustflat.types import Forward, Found, Objective
 
@@ -242,7 +243,14 @@ class Pgd:
         return self.ball.project(x + GAUSSIAN_START * drawn_for_batch(draw, x.shape).to(x.device), x)
 
     def _evaluate(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
-        """Value and success at `point`, and the gradient of the value."""
+        """Value and success at `point`, and the gradient of the value, piece by piece where memory is bounded."""
+        parts = [self._pass(network, at, labels, goal) for network, (at, labels) in pieces(forward, point, y)]
+        if len(parts) == 1:
+            return parts[0]
+        values, fooled = (torch.cat([found[i] for found, _ in parts]) for i in (1, 2))
+        return Found(point.detach(), values, fooled), torch.cat([grad for _, grad in parts])
+
+    def _pass(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
         point = point.detach().requires_grad_()
         logits = forward(point)
         check_labels_on_cpu(logits, y)

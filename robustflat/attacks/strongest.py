@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
 from robustflat.errors import UserError, require_one_of
+from robustflat.memory import MemoryBudget, budget_bytes, require_memory_budget
+from robustflat.models.chunks import bounded, bytes_per_image
 from robustflat.models.inference import PRECISIONS, rewrite
 from robustflat.models.mirror import Mirror
 from robustflat.models.precision import exact_float32
@@ -62,6 +65,7 @@ def strongest(
     select: str = "cross_entropy",
     generator: torch.Generator | None = None,
     search: str | SearchCopy = "plain",
+    memory_budget: MemoryBudget = "auto",
 ) -> Strongest:
     """Run an attack `restarts` times and keep, per example, the strongest result; ties keep the earlier one.
 
@@ -74,15 +78,26 @@ def strongest(
         generator: source of the attack's draws, on the images' device.
         search: one of `SEARCHES`, or a `SearchCopy` of the model for many calls; a rewritten copy is faster, and the
             plain model judges in every case.
+        memory_budget: of one pass of the search and its gradient, see `Searching`.
 
     Returns:
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
+
+    Raises:
+        UserError: for another `select` or `search`, or what is no memory budget; or as the attack does.
     """
     best: Strongest | None = None
-    searched = search_model(model, x, search) if isinstance(search, str) else search(x)
+    require_memory_budget(memory_budget)
+    check_shapes(x, y)
+    searched, judged = search_model(model, x, search) if isinstance(search, str) else search(x), model
+    if memory_budget is not None and len(x):
+        with held_still(model):
+            need = bytes_per_image(searched, x)
+        limit = budget_bytes(memory_budget, x.device)
+        searched, judged = (bounded(network, x, need=need, limit=limit) for network in (searched, model))
     for _ in range(restarts):
         x_adv = attack(searched, x, y, generator=generator).x_adv.detach()
-        new = Strongest(x_adv, judged_logits(model, x_adv))
+        new = Strongest(x_adv, judged_logits(judged, x_adv))
         if best is None:
             best = new
             continue

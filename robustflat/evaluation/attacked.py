@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from robustflat.attacks.ensemble_progress import Progress
 from robustflat.attacks.ensemble_result import AttackRecord, AutoAttackResult
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.sanity import Finding, check_verified, finite_and_wrong, verify
-from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.attacks.strongest import Strongest, judged_logits, strongest
 from robustflat.geometry.input_ball import InputBall
+from robustflat.memory import MemoryBudget
 from robustflat.models.precision import device_of
 from robustflat.types import Attack, Batch
 
@@ -47,6 +49,7 @@ def attack_batches(
     runs: int,
     at_once: int,
     search: str,
+    memory_budget: MemoryBudget = "auto",
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> Attacked:
@@ -60,6 +63,7 @@ def attack_batches(
         runs: number of runs R, >= 1.
         at_once: images in one pass, runs counted.
         search: see `robustflat.attacks.strongest.SEARCHES`.
+        memory_budget: of one pass and its gradient, see `robustflat.attacks.searching.Searching`.
         generator: source of all draws, on the model's device.
         progress: finished batches, with the generator's state after them; those are not attacked again.
 
@@ -67,12 +71,13 @@ def attack_batches(
         UserError: if labels are not classes of the model, or logits are not finite.
     """
     device, found, labels = device_of(model), [], []
+    run = partial(strongest, model, attack=attack, generator=generator, search=search, memory_budget=memory_budget)
     refused = fooled = 0
     for number, batch in enumerate(batches):
         x, y = batch.x.to(device), batch.y.to(device)
         piece = None if progress is None else progress.load("batch", number)
         if piece is None:
-            logits, outside, wrong = _runs(model, Batch(x, y), attack, ball, runs, at_once, search, generator)
+            logits, outside, wrong = _runs(run, Batch(x, y), ball, runs, at_once)
             piece = {"logits": logits.cpu(), "outside": outside, "wrong": wrong, "state": generator.get_state()}
             if progress is not None:
                 progress.save("batch", number, piece)
@@ -88,14 +93,7 @@ def attack_batches(
 
 
 def _runs(
-    model: nn.Module,
-    batch: Batch,
-    attack: Attack,
-    ball: InputBall,
-    runs: int,
-    at_once: int,
-    search: str,
-    generator: torch.Generator,
+    run: Callable[[Tensor, Tensor], Strongest], batch: Batch, ball: InputBall, runs: int, at_once: int
 ) -> tuple[Tensor, int, int]:
     """Logits (R, B, K), and how many misclassified images lie outside the ball, and are there in all."""
     x, y = batch
@@ -104,7 +102,7 @@ def _runs(
     while left:
         now = min(together, left)
         many_x, many_y = x.repeat(now, *[1] * (x.ndim - 1)), y.repeat(now)
-        result = strongest(model, many_x, many_y, attack, generator=generator, search=search)
+        result = run(many_x, many_y)
         misled = finite_and_wrong(result.logits, many_y)
         wrong += int(misled.sum())
         outside += int((misled & ~verify(result.x_adv, many_x, ball).allowed).sum())

@@ -14,6 +14,7 @@ from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.predict import predict
 from robustflat.explanation import FORWARD, Explanation, explanation_of
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
 from robustflat.rng import generator_for
 from robustflat.training.callbacks import Callback
@@ -45,6 +46,7 @@ class PeriodicEvaluation(Callback):
         every: epochs between two evaluations, >= 1.
         seed: of the attack's draws, >= 0.
         search: what the attack searches on: "plain", or a fast copy in "fp32" or "bf16"; the network itself judges.
+        memory_budget: of one pass of the attack and its gradient, see `robustflat.attacks.searching.Searching`.
 
     Attributes:
         history: one dictionary per evaluation: "epoch", "step" and the values above.
@@ -62,14 +64,17 @@ class PeriodicEvaluation(Callback):
         every: int = 5,
         seed: int = 0,
         search: str = "plain",
+        memory_budget: MemoryBudget = "auto",
     ) -> None:
         require_range("every", every, low=1)
         require_range("seed", seed, low=0)
         require_one_of("search", search, SEARCHES)
+        require_memory_budget(memory_budget)
         if not len(test):
             raise UserError("PeriodicEvaluation needs test examples; leave it out to evaluate nothing.")
         self.splits: dict[str, Sequence[Batch]] = {"test": test} | ({"train": train} if len(train) else {})
-        self.attack, self.every, self.seed, self.search = attack, every, seed, search
+        self.attack, self.every, self.seed = attack, every, seed
+        self.search, self.memory_budget = search, memory_budget
         self.history: list[dict[str, float]] = []
 
     def __repr__(self) -> str:
@@ -106,7 +111,14 @@ class PeriodicEvaluation(Callback):
             if self.attack is None:
                 continue
             generator = generator_for(self.seed, "periodic", split, device=device_of(model))
-            found = predict(model, batches, attack=self.attack, generator=generator, search=self.search)
+            found = predict(
+                model,
+                batches,
+                attack=self.attack,
+                generator=generator,
+                search=self.search,
+                memory_budget=self.memory_budget,
+            )
             values[f"{split}_robust_error"] = metrics.robust_error(clean.logits, found.logits, clean.labels)
             values[f"{split}_robust_loss"] = metrics.robust_loss(*found)
         if "train" in self.splits:
@@ -134,13 +146,14 @@ def periodic_evaluation(
     seed: int = 0,
     batch_size: int = 500,
     search: str = "plain",
+    memory_budget: MemoryBudget = "auto",
 ) -> PeriodicEvaluation:
     """A `PeriodicEvaluation` on splits of a data set, named as in a configuration.
 
     Args:
         dataset: where the examples come from.
         test, train: splits such as "test[:500]"; no `train` leaves the training examples out.
-        attack, every, seed, search: see `PeriodicEvaluation`.
+        attack, every, seed, search, memory_budget: see `PeriodicEvaluation`.
         batch_size: examples per forward pass, >= 1.
 
     Raises:
@@ -153,4 +166,5 @@ def periodic_evaluation(
         every=every,
         seed=seed,
         search=search,
+        memory_budget=memory_budget,
     )

@@ -24,6 +24,7 @@ from robustflat.evaluation.selection import EarlyStopping
 from robustflat.flatness.measure import FlatnessMeasure
 from robustflat.flatness.result import FlatnessResult
 from robustflat.geometry.input_ball import input_ball
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
 from robustflat.rng import generator_for
 from robustflat.types import Attack
@@ -78,6 +79,8 @@ class EvaluationPlan:
             3 x 32 x 32 (as many numbers of another size), on an accelerator 2,560. Random starts depend on it.
         search: what attacks search on: "plain" (the network itself), or a copy rewritten for speed in "fp32" or
             "bf16"; the network itself judges. Flatness measures have an option of their own.
+        memory_budget: of one pass of an attack and its gradient: MiB, "auto" (half of what is free) or `None`;
+            beyond it the network takes the images in pieces, see `robustflat.attacks.searching`. PGD only.
         checkpoints: which checkpoints of a run this evaluation is about where the command does not say.
         selection: choose the best snapshot first, and evaluate that (early stopping).
 
@@ -101,6 +104,7 @@ class EvaluationPlan:
         batch_size: int = 128,
         attack_batch: int | None = None,
         search: str = "plain",
+        memory_budget: MemoryBudget = "auto",
         checkpoints: str | int | None = None,
         selection: EarlyStopping | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class EvaluationPlan:
         require_range("step_size", step_size, low=0, low_open=True)
         require_range("batch_size", batch_size, low=1)
         require_one_of("search", search, SEARCHES)
+        require_memory_budget(memory_budget)
         if attack_batch is not None:
             require_range("attack_batch", attack_batch, low=1)
         if test is None and train is None and flatness is None:
@@ -127,7 +132,8 @@ class EvaluationPlan:
         self.splits = {"test": test, "train": train}
         self.flatness_split = flatness
         self.flatness_splits = {"test": flatness, "train": flatness_train}
-        self.batch_size, self.attack_batch, self.search = batch_size, attack_batch, search
+        self.batch_size, self.attack_batch = batch_size, attack_batch
+        self.search, self.memory_budget = search, memory_budget
         self.checkpoints, self.selection = checkpoints, selection
 
     def pieces(self) -> list[Piece]:
@@ -181,6 +187,7 @@ class EvaluationPlan:
             runs=runs,
             at_once=at_once,
             search=self.search,
+            memory_budget=self.memory_budget,
             generator=generator,
             progress=progress,
         )

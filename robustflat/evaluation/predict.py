@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.strongest import judged_logits, strongest
 from robustflat.errors import UserError, require_range
+from robustflat.memory import MemoryBudget
 from robustflat.models.precision import device_of
 from robustflat.types import Attack, Batch
 
@@ -31,6 +32,7 @@ def predict(
     restarts: int = 1,
     select: str = "cross_entropy",
     search: str = "plain",
+    memory_budget: MemoryBudget = "auto",
 ) -> Prediction:
     """Logits of a model on clean images or, with an attack, on the adversarial images it finds.
 
@@ -46,6 +48,7 @@ def predict(
         select: what "strongest" means, see `robustflat.attacks.strongest.SELECT`; the default, highest
             cross-entropy, is the paper's.
         search: what the attack searches on, see `robustflat.attacks.strongest.SEARCHES`; the network itself judges.
+        memory_budget: of one pass of the attack and its gradient, see `robustflat.attacks.searching.Searching`.
 
     Raises:
         UserError: if there are no batches, labels are not classes of the model, or logits are not finite.
@@ -61,7 +64,15 @@ def predict(
             found = judged_logits(model, x)
         else:
             found = strongest(
-                model, x, y, attack, restarts=restarts, select=select, generator=generator, search=search
+                model,
+                x,
+                y,
+                attack,
+                restarts=restarts,
+                select=select,
+                generator=generator,
+                search=search,
+                memory_budget=memory_budget,
             ).logits
         logits.append(found.detach().float())
         labels.append(y)

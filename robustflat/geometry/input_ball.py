@@ -57,6 +57,10 @@ class InputBall(ABC):
             x: centres, same shape, inside the box.
         """
 
+    def onto(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` for fixed centres x, for searches that project often; the same bits."""
+        return lambda x_adv: self.project(x_adv, x)
+
     @torch.no_grad()
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Uniform in the ball around x, then clipped into the box, (B, ...)."""
@@ -133,6 +137,17 @@ class LinfBall(InputBall):
         centre = wide(x)
         clamped = torch.clamp(wide(x_adv), centre - self.epsilon, centre + self.epsilon)
         return _towards(clamped.clamp(self.low, self.high).to(x_adv.dtype), x, self.epsilon)
+
+    @torch.no_grad()
+    def onto(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` for fixed centres x: the ends of every pixel's interval are computed once, a call is one clamp."""
+        least, most = (self.project(torch.full_like(x, end), x) for end in (-torch.inf, torch.inf))
+
+        def project(x_adv: Tensor) -> Tensor:
+            # Between its ends a number of the centres' type needs no rounding; of another type it may.
+            return x_adv.clamp(least, most) if x_adv.dtype == x.dtype else self.project(x_adv, x)
+
+        return project
 
     def steepest(self, grad: Tensor) -> Tensor:
         """Sign of the gradient."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,10 +19,12 @@ from robustflat.attacks.strongest import SEARCHES
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.loggers.base import Null
 from robustflat.losses.base import TrainingLoss
+from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
 from robustflat.rng import Streams
 from robustflat.training.callbacks import Callback
 from robustflat.training.checkpoint import load_into
+from robustflat.training.clock import Clock
 from robustflat.training.means import RunningMeans
 from robustflat.training.schedules import Schedule
 from robustflat.training.team import Team
@@ -111,6 +112,8 @@ class Trainer:
             last, in "fp32" or "bf16" (see `attacks.searching`); a loss that attacks in training mode ignores it.
         sync_batch_norm: where several processes share the batches (see `Team`), whether batch norm uses the statistics
             of the whole batch; a single process has no use for it.
+        memory_budget: of a pass of the attack and its gradient, in eval mode: MiB, "auto" or `None`; see
+            `attacks.searching`.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
 
@@ -142,6 +145,7 @@ class Trainer:
         precision: str = "fp32",
         search: str = "plain",
         sync_batch_norm: bool = True,
+        memory_budget: MemoryBudget = "auto",
         log_every: int = 50,
         folder: str | Path | None = None,
     ) -> None:
@@ -149,10 +153,12 @@ class Trainer:
         require_range("log_every", log_every, low=1)
         require_one_of("precision", precision, PRECISIONS)
         require_one_of("search", search, SEARCHES)
+        require_memory_budget(memory_budget)
         if len(data) < 1:
             raise UserError("the training set is smaller than one batch; reduce dataset.batch_size.")
-        if search != "plain" and not isinstance(attack, NoAttack):
-            attack = Searching(attack, search)  # inside the wrappers, which may need the network itself
+        if (search != "plain" or memory_budget is not None) and not isinstance(attack, NoAttack):
+            # Inside the wrappers, which may need the network itself.
+            attack = Searching(attack, search, memory_budget=memory_budget)
         for wrap in (wrappers or {}).values():
             attack = attack if wrap is None else wrap(attack)
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
@@ -172,7 +178,7 @@ class Trainer:
         self.stop_requested = False
         self._means = RunningMeans()
         self._share = 0
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def fit(self) -> None:
         """Train until `epochs` epochs are done; returns at once if they are.
@@ -182,7 +188,7 @@ class Trainer:
                 saved then.
             TrainingStopped: if `stop_requested` is set; callbacks have saved what they save then.
         """
-        self._clock = _Clock()
+        self._clock = Clock()
         self._team.begin(self.model)
         self.model.train()
         for callback in self.callbacks.values():
@@ -356,32 +362,6 @@ class Trainer:
         if self._device.type == "cuda":
             timings["time/memory_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
         return timings
-
-
-class _Clock:
-    """Seconds, images and steps since the start of `fit`."""
-
-    def __init__(self) -> None:
-        self.images = self.steps = 0
-        self._start = self._last = time.perf_counter()
-        self._last_images = 0
-        self._rate = 0.0
-
-    def skip(self) -> None:
-        """Leave the time since the last reading, spent on evaluating and saving, out of the speed."""
-        self._last = time.perf_counter()
-
-    def read(self, steps_left: int) -> dict[str, float]:
-        now = time.perf_counter()
-        if self.images > self._last_images:  # the end of an epoch may follow another read at once
-            self._rate = (self.images - self._last_images) / max(now - self._last, 1e-9)
-            self._last, self._last_images = now, self.images
-        seconds = now - self._start
-        return {
-            "time/seconds": seconds,
-            "time/images_per_second": self._rate,
-            "time/seconds_left": seconds / max(self.steps, 1) * steps_left,
-        }
 
 
 def all_finite(model: nn.Module) -> bool:

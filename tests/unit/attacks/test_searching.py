@@ -11,6 +11,7 @@ from robustflat.attacks.searching import Searching
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.losses.rotation import Rotation
+from robustflat.models.chunks import bytes_per_image
 from robustflat.models.resnet import resnet_tiny
 from robustflat.types import Batch
 
@@ -96,3 +97,47 @@ def test_both_heads_of_self_supervision_search_on_copies() -> None:
 def test_unknown_search_is_refused() -> None:
     with pytest.raises(UserError, match="search"):
         Searching(Pgd(BALL, steps=1, step_size=0.1), "fp16")
+
+
+BUDGETED = {
+    "best": Pgd(BALL, steps=3, step_size=0.04),
+    "tau": Pgd(BALL, steps=3, step_size=0.04, tau=1, momentum=0.5),
+    "restarts": Pgd(BALL, steps=2, step_size=0.04, restarts=2, backtracking=True, random_start="uniform_norm"),
+}
+
+
+@pytest.mark.parametrize("search", ["plain", "fp32"])
+@pytest.mark.parametrize("kind", BUDGETED)
+def test_pieces_within_a_budget_find_what_the_whole_batch_does(search: str, kind: str) -> None:
+    model, (x, y) = network().eval(), batch(7)
+    found = [
+        Searching(BUDGETED[kind], search, memory_budget=budget)(model, x, y, None, torch.Generator().manual_seed(1))
+        for budget in (None, "auto", 0.02, 0)
+    ]
+    for pieces in found[1:]:
+        torch.testing.assert_close(pieces.x_adv, found[0].x_adv, rtol=0, atol=1e-9)
+        torch.testing.assert_close(pieces.value, found[0].value, rtol=1e-9, atol=1e-9)
+        assert torch.equal(pieces.fooled, found[0].fooled)
+
+
+def test_a_budget_bounds_the_images_of_a_pass() -> None:
+    model, (x, y), sizes = network().eval(), batch(8), list[int]()
+    model.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    need = bytes_per_image(model, x) / 2**20
+    attack = Searching(Pgd(BALL, steps=1, step_size=0.04), "plain", memory_budget=2.5 * need)
+    attack(model, x, y)
+    assert sizes == [2] * 8
+
+
+def test_what_is_no_budget_is_refused() -> None:
+    with pytest.raises(UserError, match="memory_budget"):
+        Searching(Pgd(BALL, steps=1, step_size=0.1), "fp32", memory_budget="little")
+
+
+@pytest.mark.parametrize(("channels", "sizes"), [(4, [128]), (256, [64, 64])])
+def test_by_itself_it_takes_large_networks_64_images_at_once(channels: int, sizes: list[int]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    seen, x = list[int](), torch.rand(128, 1, 16, 16)
+    model.eval().register_forward_hook(lambda _, arguments, __: seen.append(len(arguments[0])))
+    Searching(Pgd(BALL, steps=1, step_size=0.1), "plain")(model, x, torch.zeros(128, dtype=torch.int64))
+    assert seen == 2 * sizes

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import judged_logits, strength, strongest
 from robustflat.errors import UserError
+from robustflat.geometry.input_ball import LinfBall
+from robustflat.models.resnet import resnet_tiny
 from robustflat.types import Found
 
 
@@ -77,3 +80,18 @@ def test_judging_ignores_autocast_and_train_mode_and_builds_no_graph() -> None:
     assert torch.equal(logits, model[1](model[0](x)).detach())
     assert model.training
     assert model[2].training
+
+
+@pytest.mark.parametrize("search", ["plain", "fp32"])
+def test_a_memory_budget_changes_neither_images_nor_logits(search: str) -> None:
+    torch.manual_seed(0)
+    model = resnet_tiny(classes=3, in_channels=1, channels=4).double().eval()
+    x, y = torch.rand(5, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    attack = Pgd(LinfBall(0.1), steps=2, step_size=0.05)
+    whole, parts = (
+        strongest(model, x, y, attack, restarts=2, generator=torch.Generator().manual_seed(1), search=search,
+                  memory_budget=budget)
+        for budget in (None, 0)
+    )  # fmt: skip
+    torch.testing.assert_close(parts.x_adv, whole.x_adv, rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-9, atol=1e-9)

@@ -308,3 +308,18 @@ def test_a_ball_can_be_named_by_its_norm(kind):
 def test_an_unknown_norm_is_refused_with_those_that_exist():
     with pytest.raises(UserError, match=r"norm must be one of l1, l2, linf, got 'linfty'\. Did you mean 'linf'\?"):
         input_ball("linfty", 0.3)
+
+
+@pytest.mark.parametrize("kind", BALLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_projector_of_fixed_centres_gives_the_bits_of_the_projection(kind, dtype):
+    ball = usual(kind)
+    for seed in range(5):
+        x, y = case(seed, 0.3, dtype)
+        ends = [x + ball.epsilon, x - ball.epsilon]
+        around = [torch.nextafter(end, torch.full_like(x, to)) for end in ends for to in (-1, 2)]
+        project = ball.onto(x)
+        for z in (x, y, torch.full_like(x, 9.0), *ends, *around):
+            assert torch.equal(project(z), ball.project(z, x))
+        other = y.to(torch.float32 if dtype != torch.float32 else torch.bfloat16)
+        assert torch.equal(project(other), ball.project(other, x))
