@@ -19,6 +19,7 @@ class Clock:
         self._last = time.perf_counter()
 
     def read(self, steps_left: int) -> dict[str, float]:
+        """Values to log: seconds so far, speed since the last reading, and seconds left for so many more steps."""
         now = time.perf_counter()
         if self.images > self._last_images:  # the end of an epoch may follow another read at once
             self._rate = (self.images - self._last_images) / max(now - self._last, 1e-9)
