@@ -10,8 +10,11 @@ all wait for each other until `TIMEOUT`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ from torch import Tensor
 from robustflat.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up with an error."""
@@ -83,8 +87,57 @@ class Ranks:
             return list(mine)
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, list(mine))
-        longest = max(len(part) for part in parts)
-        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+        return _dealt_back(parts)
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`[work(item) for item in items]`, each item on the rank that `share` gives it; every rank gets all.
+
+        Within `work` a rank is on its own: what it calls is not shared once more. With several ranks, tensors in the
+        results (also inside lists, tuples and dictionaries) end on the CPU, as ranks have different cards.
+
+        Raises:
+            Exception: what `work` raised on any rank, on every rank, once all have done their share or failed.
+        """
+        if self.size == 1:
+            return [work(item) for item in items]
+        done: list[R] = []
+        failure: Exception | None = None
+        with _alone():
+            try:
+                for item in self.share(items):
+                    done.append(_on_cpu(work(item)))
+            except Exception as error:  # raised again below, on all ranks
+                failure = error
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, (done, None if failure is None else _sendable(failure)))
+        for rank, (_, error) in enumerate(parts):
+            if error is not None:
+                raise failure if failure is not None and rank == self.rank else error
+        return _dealt_back([part for part, _ in parts])
+
+    def on_first(self, work: Callable[[], R]) -> R:
+        """What `work` returns on the first rank, on every rank; the others do not call it.
+
+        Within `work` the first rank is on its own, and tensors end on the CPU, as in `map`.
+
+        Raises:
+            Exception: what `work` raised, on every rank.
+        """
+        if self.size == 1:
+            return work()
+        result: Any = None
+        failure: Exception | None = None
+        if self.first:
+            with _alone():
+                try:
+                    result = _on_cpu(work())
+                except Exception as error:  # raised again below, on all ranks
+                    failure = error
+        box = [result, None if failure is None else _sendable(failure)]
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise failure or box[1]
+        return result if self.first else box[0]  # type: ignore[no-any-return]
 
     def agreed(self, value: T) -> T:
         """The first rank's value, on every rank."""
@@ -109,6 +162,65 @@ def current() -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
+
+
+_SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+@contextmanager
+def sharing_work() -> Iterator[None]:
+    """Inside, evaluations and measures share their work among the ranks, and every rank gets all results.
+
+    Every rank must come here with the same network, the same examples in the same order, and the same settings.
+    Outside, they are computed by whoever calls them, as scripts expect that measure on one rank only.
+    """
+    token = _SHARING.set(True)
+    try:
+        yield
+    finally:
+        _SHARING.reset(token)
+
+
+def workers() -> Ranks:
+    """The ranks that share the work of an evaluation or a measure: one, but inside `sharing_work`."""
+    return current() if _SHARING.get() else Ranks()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    token = _SHARING.set(False)
+    try:
+        yield
+    finally:
+        _SHARING.reset(token)
+
+
+def _dealt_back(parts: Sequence[Sequence[T]]) -> list[T]:
+    """One list from shares, in the order in which `Ranks.share` took it apart."""
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(part) for part in value]
+    if isinstance(value, tuple):
+        parts = [_on_cpu(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its traceback as text if it does not survive a pickle."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = None
+    return error if type(copy) is type(error) else RuntimeError("".join(traceback.format_exception(error)))
 
 
 @contextmanager

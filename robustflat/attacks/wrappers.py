@@ -25,6 +25,7 @@ from robustflat.attacks.judging import (
     own_objective,
     select,
 )
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
 from robustflat.models.modes import frozen, training
@@ -71,6 +72,10 @@ class Restarts:
             new = self.attack(forward, x, y, objective, generator)
             best = select(improves(new, best, self.keep), new, best)
         return best
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return all(rehearse(self.attack, x, generator) for _ in range(self.n))
 
     def explain(self) -> Explanation:
         """The inner attack, n times."""
@@ -123,6 +128,10 @@ class WorstOf:
         assert best is not None
         return best
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return all(rehearse(attack, x, generator) for attack in self.attacks.values())
+
     def explain(self) -> Explanation:
         """All inner attacks, one after the other; the upper bound has a judging pass for each."""
         inner = [explanation_of(attack) for attack in self.attacks.values()]
@@ -166,11 +175,14 @@ class Fraction:
     ) -> Found:
         """Clean images first, attacked ones after, in the order of x (B, C, H, W); see `types.Attack`."""
         check_shapes(x, y)
-        # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
-        clean = math.floor((1 - self.fraction) * x.shape[0] + 1e-9)
+        clean = self._clean(len(x))
         first = judge(forward, x[:clean], y[:clean], objective or self.objective, targeted=self.targeted)
         rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
         return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x[self._clean(len(x)) :], generator)
 
     def explain(self) -> Explanation:
         """The inner attack on a share q of the batch, and a pass over the clean rest."""
@@ -180,6 +192,11 @@ class Fraction:
             cost = FORWARD.times(1 - q, "(1 - q)", q=q) + cost
         formula = f"x' = x for the first (1 - q) B images, q = {q:g}; for the rest {inner.formula}"
         return Explanation(formula, "Goodfellow et al., ICLR 2015; Stutz et al., ICCV 2021", cost)
+
+    def _clean(self, count: int) -> int:
+        """Images of a batch that stay clean."""
+        # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
+        return math.floor((1 - self.fraction) * count + 1e-9)
 
 
 class PredictedLabels:
@@ -222,6 +239,10 @@ class PredictedLabels:
             predicted = forward(x).argmax(dim=1)
         found = self.attack(forward, x, predicted, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective)
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x, generator)
 
     def explain(self) -> Explanation:
         """A prediction, the inner attack on it, and a pass that judges the result by the true labels."""
@@ -266,6 +287,10 @@ class OnlyCorrect:
         with _in_mode(forward, self.mode):
             clean = judge_as_is(forward, x, y, objective or self.objective, targeted=self.targeted)
         return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x, generator)
 
     def explain(self) -> Explanation:
         """A pass over the clean images, and the inner attack."""
