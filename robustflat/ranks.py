@@ -44,6 +44,11 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
+    @staticmethod
+    def started() -> int:
+        """Processes that torchrun started for this job, 1 without it; known before they are joined."""
+        return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and prints; always true where there is one rank only."""
@@ -236,7 +241,7 @@ def joined() -> Iterator[Ranks]:
     Raises:
         UserError: if there are fewer cards than processes on this machine.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if Ranks.started() < 2 or dist.is_initialized():
         yield current()
         return
     backend = "gloo"

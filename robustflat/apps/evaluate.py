@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,19 @@ from robustflat.apps.networks import (
 )
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.sharing import SharedStore, joined_to_share, shared_folder
 from robustflat.apps.surrogates import give_surrogates, name_surrogates
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
 from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.evaluation.rows import Row
-from robustflat.store.results import ResultStore
+from robustflat.ranks import Ranks, workers
 from robustflat.training.checkpoint import load_into
 
 RESULTS = "results.h5"
+FACTS = ("commit", "command", "platform", "gpu", "ranks")
+"""Of the provenance, what is stored with every result."""
 
 
 @dataclass
@@ -86,15 +88,17 @@ def job(config: DictConfig) -> float:
         minimise; NaN without attack.
 
     Raises:
-        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
+        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise, and with several ranks, the message
+            is printed.
     """
     context = HydraConfig.get()
-    console = Console(highlight=False, soft_wrap=True)
+    command = list(context.overrides.task)
     try:
-        rows = evaluate(config, dict(context.runtime.choices), command=list(context.overrides.task), console=console)
+        with joined_to_share() as console:
+            rows = evaluate(config, dict(context.runtime.choices), command=command, console=console)
     except UserError as error:
         complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN":
+        if context.mode is not None and context.mode.name == "MULTIRUN" and Ranks.started() == 1:
             raise
         sys.exit(1)
     found = [r["value"] for r in rows if r["metric"] == "robust_error" and r["role"] == "test"]
@@ -103,6 +107,8 @@ def job(config: DictConfig) -> float:
 
 def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str], console: Console) -> list[Row]:
     """Everything that one command asks for; what is stored already is not measured again.
+
+    Within `sharing_work` every rank makes this call; the first one owns the folder and writes.
 
     Args:
         config: composed configuration.
@@ -128,22 +134,22 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     plan: EvaluationPlan = build(config.evaluation)
     give_surrogates([*plan.attacks.values(), *plan.measures.values(), plan.selection], config, surrogates)
     dataset: Dataset = build(config.dataset)
+    workers().on_first(lambda: require_examples(plan, dataset))  # one process fetches what is not on disk yet
     require_examples(plan, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     files = _files(config, run, plan)
-    folder = open_folder(config, run, files)
-    with closing(folder):
-        if run is None:
-            write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()} | origin)
+    with shared_folder(lambda: open_folder(config, run, files)) as (path, folder):
         facts = provenance(command)
+        if run is None and folder is not None:
+            write_text(path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            folder.write_json("provenance.json", facts | {"data": dataset.describe()} | origin)
         bench = Bench(
             plan=plan,
             dataset=dataset,
-            store=ResultStore(folder.path / RESULTS),
+            store=SharedStore(path / RESULTS),
             settings=resolved(config),
             console=console,
-            facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
+            facts={name: facts[name] for name in FACTS},
             prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
         console.print(dataset.describe(), markup=False)

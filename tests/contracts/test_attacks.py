@@ -18,6 +18,7 @@ from robustflat.attacks.multi_targeted import MultiTargeted
 from robustflat.attacks.noise import NFgsm, RandomNoise
 from robustflat.attacks.objectives import cross_entropy, kl_divergence, margin
 from robustflat.attacks.pgd import NoAttack, Pgd
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.transfer import Transfer
 from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, WorstOf
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
@@ -95,6 +96,7 @@ ATTACKS: dict[str, Case] = {
     "fmn_l2": Case(Fmn(L2, steps=20, step_size=0.5), L2, harmful=False, optimal=False),
     "fmn_l1": Case(Fmn(L1, steps=20, step_size=0.5), L1, harmful=False, optimal=False),
     "restarts": Case(Restarts(pgd(random_start=True), 2), LINF, random_start=True),
+    "fraction_random": Case(Fraction(pgd(random_start=True), 0.5), LINF, random_start=True, optimal=False),
     "worst_of": Case(WorstOf({"pgd": pgd(), "margin": pgd(objective="margin")}), LINF, may_lower=True),
     "fraction": Case(Fraction(pgd(), 0.5), LINF, optimal=False),
     "predicted_labels": Case(PredictedLabels(pgd()), LINF, may_lower=True, harmful=False, optimal=False),
@@ -167,6 +169,17 @@ def test_the_result_lies_in_ball_and_box(case: Case, classes: int) -> None:
     assert (case.ball.size(found.x_adv.double(), x.double()) <= case.ball.epsilon * (1 + 1e-6)).all()
     assert found.x_adv.min() >= 0
     assert found.x_adv.max() <= 1
+
+
+@cases()
+def test_a_rehearsal_draws_what_a_call_draws_or_says_that_it_cannot(case: Case) -> None:
+    x, y = batch()
+    real, rehearsed = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    if not rehearse(case.attack, x, rehearsed):
+        assert isinstance(case.attack, MultiTargeted)
+        return
+    case.attack(Network(), x, y, generator=real)
+    assert torch.equal(real.get_state(), rehearsed.get_state())
 
 
 @cases()
