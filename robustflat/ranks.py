@@ -115,9 +115,9 @@ class Ranks:
                 failure = error
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, (done, None if failure is None else _sendable(failure)))
-        for rank, (_, error) in enumerate(parts):
-            if error is not None:
-                raise failure if failure is not None and rank == self.rank else error
+        for rank, (_, sent) in enumerate(parts):
+            if sent is not None:
+                raise failure if failure is not None and rank == self.rank else sent
         return _dealt_back([part for part, _ in parts])
 
     def on_first(self, work: Callable[[], R]) -> R:

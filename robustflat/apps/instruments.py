@@ -24,6 +24,7 @@ from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import Root, _training_norm, digest, resolved
 from robustflat.apps.evaluate import (
+    FACTS,
     RESULTS,
     _given_or_stored,
     _move_data,
@@ -35,6 +36,7 @@ from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import provenance, write_text
+from robustflat.apps.sharing import refuse_several_ranks
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
@@ -236,6 +238,7 @@ def start(config: DictConfig, work: Work, root: type[Any], *, check_own: Callabl
     context = HydraConfig.get()
     console = Console(highlight=False, soft_wrap=True)
     try:
+        refuse_several_ranks(f"robustflat {context.job.name}")
         with opened(config, root, command=list(context.overrides.task), console=console, check_own=check_own) as place:
             return work(place)
     except UserError as error:
@@ -286,7 +289,7 @@ def opened(
             folder=folder.path,
             store=ResultStore(folder.path / RESULTS),
             console=console,
-            facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
+            facts={name: facts[name] for name in FACTS},
             prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
 

@@ -26,14 +26,14 @@ def test_every_item_is_done_once_and_all_ranks_get_all_in_order(items, tmp_path)
         assert who == [pids[i % 3] for i in range(items)]
 
 
-class Odd(Exception):
+class OddError(Exception):
     """Cannot be made from what it prints."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__("odd")
 
 
-@pytest.mark.parametrize(("error", "kind"), [(UserError("no such thing"), UserError), (Odd(1, 2), RuntimeError)])
+@pytest.mark.parametrize(("error", "kind"), [(UserError("no such thing"), UserError), (OddError(1, 2), RuntimeError)])
 def test_an_error_on_one_rank_is_raised_on_all(error, kind, tmp_path):
     def fail(item):
         if item == 1:
@@ -44,7 +44,7 @@ def test_an_error_on_one_rank_is_raised_on_all(error, kind, tmp_path):
         try:
             current().map(fail, range(4))
         except Exception as caught:
-            return (type(caught) if type(caught) is not Odd else "itself"), str(caught), current().collect([1])
+            return (type(caught) if type(caught) is not OddError else "itself"), str(caught), current().collect([1])
 
     first, second = on_ranks(2, work, tmp_path)
     assert first[0] is kind

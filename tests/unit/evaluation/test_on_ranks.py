@@ -20,6 +20,7 @@ from robustflat.evaluation.evaluate import evaluate
 from robustflat.evaluation.periodic import PeriodicEvaluation
 from robustflat.flatness.average import AverageFlatness
 from robustflat.flatness.hessian import frozen_batches
+from robustflat.flatness.landscape import Landscape
 from robustflat.flatness.subject import subject
 from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
@@ -116,6 +117,14 @@ def flat(measure):
     return result
 
 
+def landscape(measure):
+    """Two of the points are known already, and wrongly, so that measuring them again would show."""
+    done = {(0, 0): (1.0, 0.5), (1, 0): (2.0, 0.25)}
+    found = measure(network(), *whole(), done=done, batch_size=4)
+    assert (float(found.losses[0, 0]), float(found.errors[1, 0])) == (1.0, 0.25)
+    return found, done
+
+
 WORK = {
     "pgd, three runs": lambda: attacked(pgd()),
     "restarts inside": lambda: attacked(pgd(restarts=2)),
@@ -133,6 +142,12 @@ WORK = {
     "average, clean": lambda: flat(AverageFlatness(trials=2, loss="clean")),
     "worst": lambda: flat(WorstFlatness(restarts=3, steps=2, input_ball=BALL, reference_attack=pgd())),
     "worst, released": lambda: flat(WorstFlatness(restarts=3, steps=2, reference_attack=pgd(), protocol="released")),
+    "landscape, lines": lambda: landscape(Landscape(trials=3, points=5, attack=pgd())),
+    "landscape, frozen": lambda: landscape(Landscape(trials=2, points=3, attack=pgd(), loss="frozen")),
+    "landscape, plane": lambda: Landscape(points=3, loss="clean").plane(network(), *whole(), batch_size=4),
+    "landscape, path": lambda: Landscape(points=4, attack=pgd()).path(
+        network(), {name: t * 1.1 for name, t in network().state_dict().items()}, *whole(), batch_norm="recalibrate"
+    ),
     "frozen images": lambda: frozen_batches(
         subject(network(), batches(), norm_layers=False, biases=True), pgd(), seed=3
     ),
@@ -178,7 +193,7 @@ def pieces(folder) -> Progress:
     return Progress(folder / "pieces", "key")
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for the end of a process."""
 
 
@@ -187,7 +202,7 @@ class Brittle(Progress):
 
     def save(self, attack, batch, piece):
         if batch == 1:  # on the second rank, if there is one: the first batch is written
-            raise Stopped
+            raise StoppedError
         super().save(attack, batch, piece)
 
 
@@ -202,7 +217,7 @@ def test_interrupted_and_resumed_with_another_number_of_ranks(kind, before, afte
         with monkeypatch.context() as patch:
             patch.setattr("robustflat.attacks.autoattack.Progress", Brittle)
             progress = Brittle(tmp_path / "pieces", "key")
-            with pytest.raises(Stopped), sharing_work():
+            with pytest.raises(StoppedError), sharing_work():
                 work(progress)
 
     pieces(tmp_path)
