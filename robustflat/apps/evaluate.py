@@ -42,11 +42,11 @@ from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
 from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.evaluation.rows import Row
-from robustflat.ranks import Ranks, workers
+from robustflat.ranks import workers
 from robustflat.training.checkpoint import load_into
 
 RESULTS = "results.h5"
-FACTS = ("commit", "command", "platform", "gpu", "ranks")
+FACTS = ("commit", "command", "platform", "gpu", "processes")
 """Of the provenance, what is stored with every result."""
 
 
@@ -88,17 +88,16 @@ def job(config: DictConfig) -> float:
         minimise; NaN without attack.
 
     Raises:
-        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise, and with several ranks, the message
-            is printed.
+        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
     """
     context = HydraConfig.get()
-    command = list(context.overrides.task)
+    command, sweeping = list(context.overrides.task), context.mode is not None and context.mode.name == "MULTIRUN"
     try:
-        with joined_to_share() as console:
+        with joined_to_share(sweeping=sweeping) as console:
             rows = evaluate(config, dict(context.runtime.choices), command=command, console=console)
     except UserError as error:
         complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN" and Ranks.started() == 1:
+        if sweeping:
             raise
         sys.exit(1)
     found = [r["value"] for r in rows if r["metric"] == "robust_error" and r["role"] == "test"]

@@ -34,7 +34,7 @@ from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.direction_sources import StoredDirections, save_directions
 from robustflat.flatness.landscape import Done, Landscape
 from robustflat.flatness.landscape_result import LandscapeResult
-from robustflat.ranks import Ranks, workers
+from robustflat.ranks import workers
 from robustflat.reporting.landscape_pictures import draw
 from robustflat.reporting.landscape_plots import COLOURS
 from robustflat.store.journal import Journal
@@ -119,17 +119,16 @@ def job(config: DictConfig) -> None:
         config: the composed configuration.
 
     Raises:
-        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise, and with several ranks, the message
-            is printed.
+        UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
     """
     context = HydraConfig.get()
-    command = list(context.overrides.task)
+    command, sweeping = list(context.overrides.task), context.mode is not None and context.mode.name == "MULTIRUN"
     try:
-        with joined_to_share() as console:
+        with joined_to_share(sweeping=sweeping) as console:
             landscape(config, dict(context.runtime.choices), command=command, console=console)
     except UserError as error:
         complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN" and Ranks.started() == 1:
+        if sweeping:
             raise
         sys.exit(1)
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 
 from rich.console import Console
 
 from robustflat.errors import UserError
-
-PATIENCE = 10.0
-"""Seconds that a rank gives the first one to say what is wrong."""
 
 WIDTH = 140
 """Columns of tables that do not go to a terminal."""
@@ -29,11 +25,13 @@ def wide_console() -> Console:
 def complain(message: str) -> None:
     """Print an error to the standard error stream: plain text in one piece, nothing in it is markup.
 
-    Of several ranks the first says it; the others wait until torchrun ends them, as it does when the first has exited,
-    and speak if that does not come: it is then their own error.
+    Of processes that share a job only one prints.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(PATIENCE)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from robustflat.ranks import speaks  # not before: torch may be what is broken
+
+        if not speaks():
+            return
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False)
 
 

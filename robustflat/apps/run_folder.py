@@ -161,7 +161,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
         "processor": platform.machine(),
         **_hardware(),
         "threads": torch.get_num_threads(),
-        "ranks": current().size,
+        "processes": current().size,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "command": command,
         "executable": Path(sys.argv[0]).name,

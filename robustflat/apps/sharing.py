@@ -12,17 +12,28 @@ from rich.console import Console
 
 from robustflat.apps.run_folder import RunFolder
 from robustflat.errors import UserError
-from robustflat.ranks import Ranks, joined, sharing_work, workers
+from robustflat.ranks import joined, sharing_work, started, workers
 from robustflat.store.results import ResultStore, Stored
 
 
 @contextmanager
-def joined_to_share() -> Iterator[Console]:
+def joined_to_share(*, sweeping: bool) -> Iterator[Console]:
     """Join the ranks that torchrun started, if it did, and share the work of evaluations and measures among them.
+
+    Args:
+        sweeping: whether the command is one of several of a sweep, which is for one process only.
 
     Yields:
         Where to print: the terminal on the first rank, nowhere on the others.
+
+    Raises:
+        UserError: for a sweep in several processes; see also `joined`.
     """
+    if sweeping and started() > 1:
+        raise UserError(
+            "torchrun starts the processes of one command, and a sweep (-m) is many. Start torchrun once for each, or "
+            "the sweep without torchrun."
+        )
     with joined() as ranks, sharing_work():
         yield Console(highlight=False, soft_wrap=True, quiet=not ranks.first)
 
@@ -33,7 +44,7 @@ def refuse_several_ranks(command: str) -> None:
     Raises:
         UserError: if it has.
     """
-    count = Ranks.started()
+    count = started()
     if count > 1:
         raise UserError(
             f"{command} works in one process, but torchrun started {count}: leave torchrun out. "

@@ -175,14 +175,11 @@ class Fraction:
     ) -> Found:
         """Clean images first, attacked ones after, in the order of x (B, C, H, W); see `types.Attack`."""
         check_shapes(x, y)
-        clean = self._clean(len(x))
+        # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
+        clean = math.floor((1 - self.fraction) * x.shape[0] + 1e-9)
         first = judge(forward, x[:clean], y[:clean], objective or self.objective, targeted=self.targeted)
         rest = self.attack(forward, x[clean:], y[clean:], objective, generator)
         return Found(*(torch.cat(parts) for parts in zip(first, rest, strict=True)))
-
-    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
-        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
-        return rehearse(self.attack, x[self._clean(len(x)) :], generator)
 
     def explain(self) -> Explanation:
         """The inner attack on a share q of the batch, and a pass over the clean rest."""
@@ -192,11 +189,6 @@ class Fraction:
             cost = FORWARD.times(1 - q, "(1 - q)", q=q) + cost
         formula = f"x' = x for the first (1 - q) B images, q = {q:g}; for the rest {inner.formula}"
         return Explanation(formula, "Goodfellow et al., ICLR 2015; Stutz et al., ICCV 2021", cost)
-
-    def _clean(self, count: int) -> int:
-        """Images of a batch that stay clean."""
-        # (1 - 0.9) * 10 is a hair below 1 in floating point; that image is meant to stay clean.
-        return math.floor((1 - self.fraction) * count + 1e-9)
 
 
 class PredictedLabels:

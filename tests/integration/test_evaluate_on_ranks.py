@@ -71,7 +71,7 @@ def test_two_ranks_store_the_rows_of_one(evaluate, run, tmp_path, monkeypatch, c
     assert printed.count("RErr (pgd20)") == 1
     same_rows(run, other)
     attrs = [ResultStore(r / "results.h5").attributes("last/test[:24]/attacks/pgd20") for r in (run, other)]
-    assert [a["ranks"] for a in attrs] == [1, 2]
+    assert [a["processes"] for a in attrs] == [1, 2]
     for key in ("forwards", "backwards", "images"):  # counted over both
         assert attrs[0][key] == attrs[1][key]
 
