@@ -9,8 +9,10 @@ all wait for each other until `TIMEOUT`.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,10 +89,11 @@ def _on_cpu(value: Any) -> Any:
 def _sendable(error: Exception) -> Exception:
     """The error itself, or its traceback as text if it does not survive a pickle."""
     try:
-        copy = pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        copy.copy(error)  # is made like the error that another rank receives
     except Exception:
-        copy = None
-    return error if type(copy) is type(error) else RuntimeError("".join(traceback.format_exception(error)))
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class Ranks:
         dist.all_gather_object(parts, (done, None if failure is None else _sendable(failure)), group=_patient())
         for rank, (_, sent) in enumerate(parts):
             if sent is not None:
+                self._let_the_first_speak()
                 raise failure if failure is not None and rank == self.rank else sent
         return _dealt_back([part for part, _ in parts])
 
@@ -205,8 +209,14 @@ class Ranks:
         box = [result, None if failure is None else _sendable(failure)]
         dist.broadcast_object_list(box, src=0, group=_patient())
         if box[1] is not None:
+            self._let_the_first_speak()
             raise failure or box[1]
         return result if self.first else box[0]  # type: ignore[no-any-return]
+
+    def _let_the_first_speak(self) -> None:
+        """Wait a moment, so that the first rank prints an error of all: torchrun ends all once one has ended."""
+        if not self.first:
+            time.sleep(0.5)
 
     def agreed(self, value: T) -> T:
         """The first rank's value, on every rank."""

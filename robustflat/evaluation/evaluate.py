@@ -211,6 +211,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Clean and robust error and loss of a network.
 
+    In a job of several processes it is computed by whoever calls it, unless within `robustflat.ranks.sharing_work`.
+
     >>> print(evaluate(model, images, labels, epsilon=8 / 255))  # doctest: +SKIP
 
     Args:
