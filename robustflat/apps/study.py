@@ -24,7 +24,6 @@ from robustflat.apps.messages import complain, wide_console
 from robustflat.apps.records import failed_record, read_record
 from robustflat.apps.report import study_page, summary_table, write_pages
 from robustflat.apps.runs import listing
-from robustflat.apps.sharing import refuse_several_ranks
 from robustflat.apps.study_file import StudyFile, read_study
 from robustflat.apps.study_progress import watched
 from robustflat.apps.study_runs import StudyRun, compose_passes, expand
@@ -64,7 +63,6 @@ def job(config: DictConfig) -> None:
     context = HydraConfig.get()
     console = wide_console()
     try:
-        refuse_several_ranks("robustflat study")
         name = _safe_name(str(context.runtime.choices.get("study") or "study"))
         command, own = list(context.overrides.task), list(context.overrides.hydra)
         failed = run_study(config, name, command=command, hydra_overrides=own, console=console)

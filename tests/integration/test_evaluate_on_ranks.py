@@ -63,6 +63,7 @@ def same_rows(one: Path, other: Path) -> None:
 def test_two_ranks_store_the_rows_of_one(evaluate, run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     other = copied(run, "other")
+    monkeypatch.setattr("robustflat.evaluation.plan.check_network", lambda *_: [])  # takes seconds
     options = [*CHEAP, "evaluation.attacks.autoattack=null", "evaluation.flatness_train='train[:16]'"]
     alone = evaluate(f"run={run}", *options)
     assert alone.code == 0, alone.err
@@ -132,7 +133,7 @@ def test_a_full_disk_of_the_first_rank_ends_all(run, tmp_path, monkeypatch, capf
     assert "No space left on device" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["hessian", "measure", "study"])
+@pytest.mark.parametrize("command", ["hessian", "measure", "audit"])
 def test_commands_that_do_not_share_say_so(command, cli_of, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
