@@ -17,10 +17,7 @@ SECONDS = 60
 
 
 def on_ranks(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What `work()` returns, or the exception it raises, on each of `count` ranks that have joined each other.
-
-    A rank that ends without an answer ends all others too, as torchrun would; it answers `None`.
-    """
+    """What `work()` returns, or the exception it raises, on each of `count` ranks that have joined each other."""
     context = multiprocessing.get_context("fork")
     meeting = folder / f"meeting{len(list(folder.glob('meeting*')))}"
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
