@@ -9,9 +9,14 @@ all wait for each other until `TIMEOUT`.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,9 +30,70 @@ from torch.distributed.rendezvous import rendezvous
 from robustflat.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up with an error."""
+
+
+_SHARING: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+@contextmanager
+def sharing_work() -> Iterator[None]:
+    """Inside, evaluations and measures share their work among the ranks, and every rank gets all results.
+
+    Every rank must come here with the same network, the same examples in the same order, and the same settings.
+    Outside, they are computed by whoever calls them, as scripts expect that measure on one rank only.
+    """
+    token = _SHARING.set(True)
+    try:
+        yield
+    finally:
+        _SHARING.reset(token)
+
+
+def workers() -> Ranks:
+    """The ranks that share the work of an evaluation or a measure: one, but inside `sharing_work`."""
+    return current() if _SHARING.get() else Ranks()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    token = _SHARING.set(False)
+    try:
+        yield
+    finally:
+        _SHARING.reset(token)
+
+
+def _dealt_back(parts: Sequence[Sequence[T]]) -> list[T]:
+    """One list from shares, in the order in which `Ranks.share` took it apart."""
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(part) for part in value]
+    if isinstance(value, tuple):
+        parts = [_on_cpu(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its traceback as text if it does not survive a pickle."""
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # is made like the error that another rank receives
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 @dataclass(frozen=True)
@@ -93,8 +159,64 @@ class Ranks:
             return list(mine)
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, list(mine))
-        longest = max(len(part) for part in parts)
-        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+        return _dealt_back(parts)
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`[work(item) for item in items]`, each item on the rank that `share` gives it; every rank gets all.
+
+        Within `work` a rank is on its own: what it calls is not shared once more. With several ranks, tensors in the
+        results (also inside lists, tuples and dictionaries) end on the CPU, as ranks have different cards.
+
+        Raises:
+            Exception: what `work` raised on any rank, on every rank, once all have done their share or failed.
+        """
+        if self.size == 1:
+            return [work(item) for item in items]
+        done: list[R] = []
+        failure: Exception | None = None
+        with _alone():
+            try:
+                for item in self.share(items):
+                    done.append(_on_cpu(work(item)))
+            except Exception as error:  # raised again below, on all ranks
+                failure = error
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, (done, None if failure is None else _sendable(failure)), group=_patient())
+        for rank, (_, sent) in enumerate(parts):
+            if sent is not None:
+                self._let_the_first_speak()
+                raise failure if failure is not None and rank == self.rank else sent
+        return _dealt_back([part for part, _ in parts])
+
+    def on_first(self, work: Callable[[], R]) -> R:
+        """What `work` returns on the first rank, on every rank; the others do not call it.
+
+        Within `work` the first rank is on its own, and tensors end on the CPU, as in `map`.
+
+        Raises:
+            Exception: what `work` raised, on every rank.
+        """
+        if self.size == 1:
+            return work()
+        result: Any = None
+        failure: Exception | None = None
+        if self.first:
+            with _alone():
+                try:
+                    result = _on_cpu(work())
+                except Exception as error:  # raised again below, on all ranks
+                    failure = error
+        box = [result, None if failure is None else _sendable(failure)]
+        dist.broadcast_object_list(box, src=0, group=_patient())
+        if box[1] is not None:
+            self._let_the_first_speak()
+            raise failure or box[1]
+        return result if self.first else box[0]  # type: ignore[no-any-return]
+
+    def _let_the_first_speak(self) -> None:
+        """Wait a moment, so that the first rank prints an error of all: torchrun ends all once one has ended."""
+        if not self.first:
+            time.sleep(0.5)
 
     def agreed(self, value: T) -> T:
         """The first rank's value, on every rank."""
@@ -130,11 +252,15 @@ class Ranks:
     def wait(self) -> None:
         """Return when all ranks have come here, which may take days: the first one may be measuring alone."""
         if self.size > 1:
-            dist.barrier(group=_PATIENT[0] if _PATIENT else None)
+            dist.barrier(group=_patient())
 
 
 _PATIENT: list[Any] = []
 """The group of all ranks that waits for days; within `joined`."""
+
+
+def _patient() -> Any:
+    return _PATIENT[0] if _PATIENT else None
 
 
 def _bits(tensors: Iterable[Tensor]) -> int:

@@ -37,8 +37,9 @@ from robustflat.evaluation.rows import Row
 from robustflat.evaluation.selection import Score, score
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
-from robustflat.models.passes import PassCounter
+from robustflat.models.passes import PassCounter, Passes
 from robustflat.models.precision import precision_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.store.results import KEY, ResultStore, group_name
 from robustflat.types import Attack
@@ -91,7 +92,7 @@ class Bench:
 
     def progress(self, key: str) -> Progress:
         """Where finished batches of a piece wait until the piece is stored."""
-        return Progress(self.store.path.parent / PROGRESS / key, key)
+        return workers().on_first(lambda: Progress(self.store.path.parent / PROGRESS / key, key))
 
     def rows(self, names: Sequence[str]) -> list[Row]:
         """Rows of stored results by name."""
@@ -167,6 +168,8 @@ def measure_network(bench: Bench, file: NetworkFile, model: nn.Module, weights: 
 
 
 def _remove_progress(bench: Bench, key: str) -> None:
+    if not workers().first:
+        return
     folder = bench.store.path.parent / PROGRESS
     shutil.rmtree(folder / key, ignore_errors=True)
     with suppress(OSError):  # others wait there
@@ -285,15 +288,20 @@ Result = TypeVar("Result")
 
 
 def _counted(bench: Bench, model: nn.Module, work: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
-    """Do something, and what it cost: batches forward and backward, images forward, seconds, memory."""
+    """Do something, and what it cost: batches forward and backward, images forward, seconds, memory.
+
+    Passes are those of all ranks, checks that each makes for itself included; memory is that of the rank with the most.
+    """
     device = bench.dataset.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with PassCounter().counting(model) as counter:
         result = work()
-    seconds, memory = time.perf_counter() - start, peak_memory_mib(device)
-    return result, {**counter.passes._asdict(), "seconds": seconds, "peak_memory_mib": memory}
+    seconds, ranks = time.perf_counter() - start, workers()
+    passes = Passes(*(sum(parts) for parts in zip(*ranks.collect([counter.passes]), strict=True)))
+    memory = max(ranks.collect([peak_memory_mib(device)]))
+    return result, {**passes._asdict(), "seconds": seconds, "peak_memory_mib": memory}
 
 
 def _measure(

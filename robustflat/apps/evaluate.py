@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,20 @@ from robustflat.apps.networks import (
 from robustflat.apps.profiling import Parts, profile_settings
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
+from robustflat.apps.sharing import SharedStore, joined_to_share, shared_folder
 from robustflat.apps.surrogates import give_surrogates, name_surrogates
+from robustflat.apps.together import own_device
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import CheckpointError, UserError, require_one_of
 from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.evaluation.rows import Row
-from robustflat.store.results import ResultStore
+from robustflat.ranks import workers
 from robustflat.training.checkpoint import load_into
 
 RESULTS = "results.h5"
+FACTS = ("commit", "command", "platform", "gpu", "processes")
+"""Of the provenance, what is stored with every result."""
 
 
 @dataclass
@@ -91,12 +94,13 @@ def job(config: DictConfig) -> float:
         UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
     """
     context = HydraConfig.get()
-    console = Console(highlight=False, soft_wrap=True)
+    command, sweeping = list(context.overrides.task), context.mode is not None and context.mode.name == "MULTIRUN"
     try:
-        rows = evaluate(config, dict(context.runtime.choices), command=list(context.overrides.task), console=console)
+        with joined_to_share(sweeping=sweeping) as console:
+            rows = evaluate(config, dict(context.runtime.choices), command=command, console=console)
     except UserError as error:
         complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN":
+        if sweeping:
             raise
         sys.exit(1)
     found = [r["value"] for r in rows if r["metric"] == "robust_error" and r["role"] == "test"]
@@ -105,6 +109,8 @@ def job(config: DictConfig) -> float:
 
 def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str], console: Console) -> list[Row]:
     """Everything that one command asks for; what is stored already is not measured again.
+
+    Within `sharing_work` every rank makes this call; the first one owns the folder and writes.
 
     Args:
         config: composed configuration.
@@ -125,28 +131,28 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     origin = _describe_network(config) if run is None else {}
     complete(config, stored, choices)
     require_sound(config)
-    config.device = config.dataset.device = choose_device(config.device)
+    config.device = config.dataset.device = own_device(choose_device(config.device))
     surrogates = name_surrogates(config.evaluation, Path(config.outputs))
     plan: EvaluationPlan = build(config.evaluation)
     give_surrogates([*plan.attacks.values(), *plan.measures.values(), plan.selection], config, surrogates)
     dataset: Dataset = build(config.dataset)
+    workers().on_first(lambda: require_examples(plan, dataset))  # one process fetches what is not on disk yet
     require_examples(plan, dataset)
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     files = _files(config, run, plan)
-    folder = open_folder(config, run, files)
-    with closing(folder):
-        if run is None:
-            write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            folder.write_json("provenance.json", provenance(command) | {"data": dataset.describe()} | origin)
+    with shared_folder(lambda: open_folder(config, run, files)) as (path, folder):
         facts = provenance(command)
-        parts = Parts(profile_settings(config.profile), folder.path, console)
+        parts = Parts(profile_settings(config.profile), path, console)
+        if run is None and folder is not None:
+            write_text(path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            folder.write_json("provenance.json", facts | {"data": dataset.describe()} | origin)
         bench = Bench(
             plan=plan,
             dataset=dataset,
-            store=ResultStore(folder.path / RESULTS),
+            store=SharedStore(path / RESULTS),
             settings=resolved(config),
             console=console,
-            facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
+            facts={name: facts[name] for name in FACTS},
             prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
             parts=parts,
         )

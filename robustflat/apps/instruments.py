@@ -24,6 +24,7 @@ from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import Root, _training_norm, digest, resolved
 from robustflat.apps.evaluate import (
+    FACTS,
     RESULTS,
     _given_or_stored,
     _move_data,
@@ -286,7 +287,7 @@ def opened(
             folder=folder.path,
             store=ResultStore(folder.path / RESULTS),
             console=console,
-            facts={name: facts[name] for name in ("commit", "command", "platform", "gpu")},
+            facts={name: facts[name] for name in FACTS},
             prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
 

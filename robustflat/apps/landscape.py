@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,19 +20,22 @@ from robustflat.apps.bench import forget_other_weights
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import Root, digest, resolved
-from robustflat.apps.evaluate import RESULTS, network, open_folder, same_data
+from robustflat.apps.evaluate import FACTS, RESULTS, network, open_folder, same_data
 from robustflat.apps.landscape_networks import Shown, shown_networks
 from robustflat.apps.landscape_summary import picture_path, print_landscapes, stored_landscape, to_store
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import digest_of, weights_of
 from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import provenance
+from robustflat.apps.sharing import SharedStore, joined_to_share, shared_folder
+from robustflat.apps.together import own_device
 from robustflat.apps.train import sensible_threads
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.direction_sources import StoredDirections, save_directions
-from robustflat.flatness.landscape import Landscape
+from robustflat.flatness.landscape import Done, Landscape
 from robustflat.flatness.landscape_result import LandscapeResult
+from robustflat.ranks import workers
 from robustflat.reporting.landscape_pictures import draw
 from robustflat.reporting.landscape_plots import COLOURS
 from robustflat.store.journal import Journal
@@ -121,12 +123,13 @@ def job(config: DictConfig) -> None:
         UserError: in a sweep, so that Hydra goes on with the other jobs; otherwise the message is printed.
     """
     context = HydraConfig.get()
-    console = Console(highlight=False, soft_wrap=True)
+    command, sweeping = list(context.overrides.task), context.mode is not None and context.mode.name == "MULTIRUN"
     try:
-        landscape(config, dict(context.runtime.choices), command=list(context.overrides.task), console=console)
+        with joined_to_share(sweeping=sweeping) as console:
+            landscape(config, dict(context.runtime.choices), command=command, console=console)
     except UserError as error:
         complain(str(error))
-        if context.mode is not None and context.mode.name == "MULTIRUN":
+        if sweeping:
             raise
         sys.exit(1)
 
@@ -151,11 +154,12 @@ def landscape(
     shown = shown_networks(config)
     first = shown[0].config
     require_sound(shown)
-    device = choose_device(first.device)
+    device = own_device(choose_device(first.device))
     for one in shown:
         one.config.device = one.config.dataset.device = device
     measure: Landscape = build(first.landscape)
     dataset: Dataset = build(first.dataset)
+    workers().on_first(lambda: dataset.sets and None)  # one process fetches what is not on disk yet
     examples = _examples(dataset, first)
     torch.set_num_threads(first.threads or sensible_threads(dataset))
     survey = Survey(
@@ -165,7 +169,7 @@ def landscape(
         config=first,
         values=resolved(first),
         name=str(choices.get("landscape", "landscape")),
-        facts={k: v for k, v in provenance(command).items() if k in ("commit", "command", "platform", "gpu")},
+        facts={k: v for k, v in provenance(command).items() if k in FACTS},
         console=console,
     )
     _save_directions(survey, shown[0])
@@ -176,7 +180,8 @@ def landscape(
         results = {one.label: measured(survey, one) for one in shown}
     result = next(iter(results.values()))
     caption = result.caption(f"{dataset.name} {first.examples}")
-    files = draw(results, picture_path(first, shown, survey.name), title=first.title or "", caption=caption)
+    picture, title = picture_path(first, shown, survey.name), first.title or ""
+    files = workers().on_first(lambda: draw(results, picture, title=title, caption=caption))
     print_landscapes(console, results, caption, files)
     return results
 
@@ -189,7 +194,7 @@ def _save_directions(survey: Survey, one: Shown) -> None:
     model, _ = network(one.config, one.file)
     x, y = survey.examples
     ready = survey.measure.find_directions(model, x, y, batch_size=survey.config.batch_size)
-    save_directions(ready, path, str(survey.measure.directions))
+    workers().on_first(lambda: save_directions(ready, path, str(survey.measure.directions)))
     survey.console.print(f"directions   {path}", markup=False)
 
 
@@ -207,44 +212,49 @@ def measured(survey: Survey, one: Shown, end: Shown | None = None) -> LandscapeR
     model, weights = network(one.config, one.file)
     target = None if end is None else weights_of(end.file)
     key = _key(survey, weights, "" if target is None else digest_of(target))
-    with closing(open_folder(one.config, one.run, [one.file])) as folder:
-        store = ResultStore(folder.path / RESULTS)
+    with shared_folder(lambda: open_folder(one.config, one.run, [one.file])) as (folder, _):
+        store = SharedStore(folder / RESULTS)
         forget_other_weights(store, survey.console, one.file, weights)
         name = _place(survey, store, one, end, key)
         if store.has(name, key) and not survey.config.force:
             return stored_landscape(store, name)
-        journal = Journal(folder.path / "landscapes" / f".{survey.name}-{key}.points.jsonl")
+        path = folder / "landscapes" / f".{survey.name}-{key}.points.jsonl"
+        journal = Journal(path) if workers().first else None
         start = time.perf_counter()
         result = _measure(survey, one, model, target, journal)
         seconds = time.perf_counter() - start
         arrays, attrs = to_store(result, one, survey.values)
         made = {"name": survey.name, "weights": weights, "seconds": seconds, "split": _split(survey, one)}
         store.write(name, arrays, {**attrs, **made, **survey.facts, KEY: key})
-        journal.remove()
+        if journal is not None:
+            journal.remove()
         survey.console.print(f"{one.label}: {survey.total} points, {seconds:.1f} s", markup=False)
     return result
 
 
 def _measure(
-    survey: Survey, one: Shown, model: nn.Module, target: dict[str, Tensor] | None, journal: Journal
+    survey: Survey, one: Shown, model: nn.Module, target: dict[str, Tensor] | None, journal: Journal | None
 ) -> LandscapeResult:
-    """Measure the points that the journal lacks; with force all of them."""
+    """Measure the points that the journal lacks; with force all of them. Only the first rank has one."""
     measure, config, total = survey.measure, survey.config, survey.total
-    if config.force:
+    if config.force and journal is not None:
         journal.remove()
-    if journal:
-        survey.console.print(f"{one.label}: going on after {len(journal)} of {total} points", markup=False)
+    known: Done = workers().agreed({} if journal is None else dict(journal.items()))
+    done = known if journal is None else journal
+    if known:
+        survey.console.print(f"{one.label}: going on after {len(known)} of {total} points", markup=False)
     x, y = survey.examples
     with Progress(console=survey.console, transient=True) as progress:
-        task = progress.add_task(one.label, total=total, completed=len(journal))
-        journal.changed = lambda count: progress.update(task, completed=count)
+        task = progress.add_task(one.label, total=total, completed=len(known))
+        if journal is not None:
+            journal.changed = lambda count: progress.update(task, completed=count)
         try:
             if target is not None:
                 return measure.path(
-                    model, target, x, y, batch_norm=config.batch_norm, done=journal, batch_size=config.batch_size
+                    model, target, x, y, batch_norm=config.batch_norm, done=done, batch_size=config.batch_size
                 )
             draw_it = measure.plane if config.kind == "plane" else measure
-            return draw_it(model, x, y, done=journal, batch_size=config.batch_size)
+            return draw_it(model, x, y, done=done, batch_size=config.batch_size)
         except UserError as error:
             raise UserError(f"{one.file.path}: {error}") from error
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from robustflat import __version__
 from robustflat.apps.config import config_folder, register
 from robustflat.apps.messages import complain, explained
+from robustflat.errors import UserError
 
 APPLICATIONS = {
     "train": "train, evaluate and measure one network, or a sweep of them (-m)",
@@ -34,6 +35,9 @@ APPLICATIONS = {
     "doctor": "check this installation and say what to do",
     "show_batch": "draw what the network sees: original, augmented and attacked images",
 }
+
+SHARED = ("train", "evaluate", "landscape")
+"""Applications that `torchrun` may start in several processes."""
 
 
 def main() -> None:
@@ -72,6 +76,7 @@ def run_application(name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here; Hydra would print part of them and exit
     try:
         job = importlib.import_module(f"robustflat.apps.{name}").job
+        _require_one_process(name)
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +90,17 @@ def run_application(name: str) -> None:
             raise
         complain(message)
         sys.exit(1)
+
+
+def _require_one_process(name: str) -> None:
+    """Refuse applications that torchrun has started in several processes, but for those that share their work."""
+    from robustflat.ranks import started  # not before: torch may be what is broken
+
+    if name not in SHARED and started() > 1:
+        raise UserError(
+            f"robustflat {name} works in one process, but torchrun started {started()}: leave torchrun out. "
+            f"{', '.join(SHARED[:-1])} and {SHARED[-1]} share their work among several."
+        )
 
 
 def _message(error: Exception, config_name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from robustflat.apps.profiling import Parts, profile_settings
 from robustflat.apps.surrogates import give_surrogates
 from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.models.modes import evaluating
+from robustflat.ranks import workers
 
 if TYPE_CHECKING:
     from robustflat.apps.train import Session
@@ -23,6 +25,9 @@ RESULTS = "results.json"
 def measure(session: Session, key: str) -> dict[str, Any]:
     """Measure every network of a trained run by its evaluation plan, and store each piece as it is found.
 
+    Within `sharing_work` every rank makes this call and they share the work; the first one writes and logs. The
+    session's folder, console and logger are used on the first rank only.
+
     Args:
         session: the trained run.
         key: name of the evaluation in results.json (see `apps.train.evaluation_key`).
@@ -31,11 +36,11 @@ def measure(session: Session, key: str) -> dict[str, Any]:
         description (one line on how the figures were made), facts (one line on the run), and weights: name ->
         split -> values, with flatness beside the splits.
     """
-    config, folder = session.config, session.folder
+    config, folder, ranks = session.config, session.folder, workers()
     plan: EvaluationPlan = build(config.evaluation)
     measure_flatness = None if config.flatness is None else build(config.flatness)
     give_surrogates([*plan.attacks.values(), *plan.measures.values(), measure_flatness], config)
-    stored = folder.read_json(RESULTS)
+    stored = ranks.on_first(lambda: folder.read_json(RESULTS))
     results = stored.get(key) if isinstance(stored.get(key), dict) and not config.force else None
     results = results or {"facts": facts(session), "description": describe(session, plan), "weights": {}}
     parts = Parts(profile_settings(config.profile), folder.path, session.console)
@@ -45,18 +50,20 @@ def measure(session: Session, key: str) -> dict[str, Any]:
             if piece in measured:
                 continue
             label = f"{piece} ({name} weights)"
-            with session.console.status(f"measuring {label}"), parts.part(label):
+            status = session.console.status(f"measuring {label}") if ranks.first else nullcontext()
+            with status, parts.part(label):
                 if piece == "flatness":
                     with evaluating(model):
                         values = plan.measure_flatness(model, session.dataset, measure_flatness, seed=config.seed)
                 else:
                     values = plan.measure_split(model, session.dataset, piece, seed=config.seed)
-            measured[piece] = values
-            folder.write_json(RESULTS, {**stored, key: {**results, "complete": False}})
+            measured[piece] = ranks.agreed(values)  # times differ
+            ranks.on_first(lambda: folder.write_json(RESULTS, {**stored, key: {**results, "complete": False}}))
     results["complete"] = True
-    folder.write_json(RESULTS, {**stored, key: results})
+    ranks.on_first(lambda: folder.write_json(RESULTS, {**stored, key: results}))
     parts.write()
-    session.logger.summary(dict(_flat(results["weights"], "final")))
+    if ranks.first:
+        session.logger.summary(dict(_flat(results["weights"], "final")))
     return results
 
 

@@ -23,6 +23,7 @@ import yaml
 import robustflat
 from robustflat.apps.config import differences
 from robustflat.errors import UserError
+from robustflat.ranks import current
 
 try:
     import fcntl
@@ -190,6 +191,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
         "processor": platform.machine(),
         **_hardware(),
         "threads": torch.get_num_threads(),
+        "processes": current().size,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "command": command,
         "executable": Path(sys.argv[0]).name,

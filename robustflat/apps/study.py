@@ -29,7 +29,6 @@ from robustflat.apps.study_progress import watched
 from robustflat.apps.study_runs import StudyRun, compose_passes, expand
 from robustflat.errors import UserError, require_range
 from robustflat.loggers.wandb import WandbLogger
-from robustflat.ranks import started
 from robustflat.reporting.records import RunRecord
 
 FOLDER = "studies"
@@ -64,8 +63,6 @@ def job(config: DictConfig) -> None:
     context = HydraConfig.get()
     console = wide_console()
     try:
-        if started() > 1:
-            raise UserError("A study starts processes of its own (jobs=, hydra/launcher=): leave torchrun out.")
         name = _safe_name(str(context.runtime.choices.get("study") or "study"))
         command, own = list(context.overrides.task), list(context.overrides.hydra)
         failed = run_study(config, name, command=command, hydra_overrides=own, console=console)

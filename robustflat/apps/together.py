@@ -14,7 +14,7 @@ from robustflat.errors import UserError
 from robustflat.ranks import current
 
 NO_SWEEP = (
-    "torchrun starts the processes of one run, and a sweep (-m) is many runs. Start torchrun once for each run, or the "
+    "torchrun starts the processes of one command, and a sweep (-m) is many. Start torchrun once for each, or the "
     "sweep without torchrun: hydra/launcher=joblib gives every run a process of its own."
 )
 """A run that failed on one process only would leave the others behind with the next run."""

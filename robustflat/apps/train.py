@@ -46,7 +46,7 @@ from robustflat.loggers.jsonl import JsonlLogger
 from robustflat.loggers.ledger import LEDGER, LedgerLogger
 from robustflat.models.inference import keep_freed_memory
 from robustflat.models.passes import PassCounter
-from robustflat.ranks import current, joined, speaks, started
+from robustflat.ranks import current, joined, sharing_work, speaks, started
 from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
@@ -158,11 +158,9 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
 
 
 def measured(session: Session, key: str) -> dict[str, Any]:
-    """The measurements of a trained run, on every rank: the first makes them, the others wait."""
-    ranks = current()
-    results = measure(session, key) if ranks.first else {}
-    ranks.wait()
-    return ranks.agreed(results)
+    """The measurements of a trained run, whose work all ranks share."""
+    with sharing_work():
+        return measure(session, key)
 
 
 def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:

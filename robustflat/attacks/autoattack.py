@@ -7,6 +7,7 @@ attacks", ICML 2020; L1 after "Mind the box", ICML 2021.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from robustflat.attacks.describe import describe
 from robustflat.attacks.ensemble import EOT, SEARCHES, VERSIONS, MeanOf, attack_names, attack_piece, member
-from robustflat.attacks.ensemble_progress import Progress, fingerprint
+from robustflat.attacks.ensemble_progress import Piece, Progress, fingerprint
 from robustflat.attacks.ensemble_result import AutoAttackResult, Tally
 from robustflat.attacks.examples import Array, batches_for, require_answers
 from robustflat.attacks.hunt import PlainJudge
@@ -36,6 +37,7 @@ from robustflat.explanation import Explanation, unknown_cost
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.inference import rewrite
 from robustflat.models.precision import exact_float32
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Forward, Found, Objective
 
@@ -126,14 +128,13 @@ class AutoAttack:
             correct = finite_and_wrong(logits, y).logical_not()
             store = None
             if progress is not None:
-                store = Progress(progress, fingerprint(self._title(full=True), module, x, y, logits))
+                about = fingerprint(self._title(full=True), module, x, y, logits)
+                store = workers().on_first(partial(Progress, progress, about))
             tally = Tally(x, y, logits, correct)
             searched = self._searched(module, x)
             for name in self.names:
                 self._attack(name, searched, plain, tally, store)
-            generator = generator_for(self.seed, "sanity", device=x.device)
-            findings = [check_range(x), *check_model(module, x)]
-            findings += check_gradients(module, x[correct], y[correct], self.ball, generator)
+            findings = workers().on_first(partial(self._checked, module, x, y, correct))
             if not isinstance(model, nn.Module):
                 findings[1] = Finding("mode", "ok", "a plain function, taken as it is")
         return self._result(tally, findings)
@@ -141,19 +142,30 @@ class AutoAttack:
     def _attack(self, name: str, searched: Forward, plain: Forward, tally: Tally, store: Progress | None) -> None:
         """One attack on all examples that are left, batch by batch."""
         attack = member(name, self.ball, version=self.version)
-        for number, rows in enumerate(torch.split(tally.survivors(), self.batch_size)):
-            piece = None if store is None else store.load(name, number)
+        parts = torch.split(tally.survivors(), self.batch_size)
+
+        def done(number: int) -> Piece:
+            piece, rows = None if store is None else store.load(name, number), parts[number]
             if piece is None:
                 generator = generator_for(self.seed, name, number, device=tally.x.device)
                 piece = attack_piece(attack, searched, plain, self.ball, tally.x[rows], tally.y[rows], generator)
                 if store is not None:
                     store.save(name, number, piece)
+            return piece
+
+        for rows, piece in zip(parts, workers().map(done, range(len(parts))), strict=True):
             tally.add(name, rows, piece)
         tally.close(name)
 
+    def _checked(self, module: nn.Module, x: Tensor, y: Tensor, correct: Tensor) -> list[Finding]:
+        """What does not look right about images, network and gradients."""
+        generator = generator_for(self.seed, "sanity", device=x.device)
+        findings = [check_range(x), *check_model(module, x)]
+        return [*findings, *check_gradients(module, x[correct], y[correct], self.ball, generator)]
+
     def _clean(self, plain: Forward, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), exact_float32(x.device):
-            logits = torch.cat([plain(part) for part in torch.split(x, self.batch_size)])
+            logits = torch.cat(workers().map(plain, torch.split(x, self.batch_size))).to(x.device)
         require_answers(logits, y)
         if logits.shape[1] < 2:
             raise UserError("The model has one class: there is nothing to confuse it with.")

@@ -19,6 +19,7 @@ from robustflat.attacks.apgd_steps import (
     Steps,
     depart,
     follow_sparsity,
+    random_start,
     random_starts,
     wider,
 )
@@ -130,6 +131,14 @@ class AutoPgd:
             UserError: if x or y have the wrong shape or type, or the value cannot be differentiated.
         """
         return self.hunt(forward, x, y, objective, generator).found
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw the starts of all runs; not known with targets or early stops. See `attacks.rehearsal`."""
+        if self.stop_when_fooled or self.aims:
+            return False
+        for _ in range(self.restarts):
+            random_start(self._stages()[0][0].ball, x, generator)
+        return True
 
     def hunt(
         self,

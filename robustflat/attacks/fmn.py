@@ -84,6 +84,10 @@ class Fmn:
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             return self._search(forward, x, y, objective or self.objective)
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Nothing is drawn; see `attacks.rehearsal`."""
+        return True
+
     def explain(self) -> Explanation:
         """A search for the decision boundary, and a pass that judges the last point."""
         cost = (FORWARD + INPUT_BACKWARD).times(self.steps, "K", K=self.steps) + FORWARD

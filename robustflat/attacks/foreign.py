@@ -68,6 +68,11 @@ class Foreign:
             x_adv = self.ball.project(self._checked(theirs, x), x)
             return judge(forward, x_adv, y, wanted)
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw the seed; see `attacks.rehearsal`."""
+        torch.randint(2**31, (1,), generator=generator, device=generator.device)
+        return True
+
     def explain(self) -> Explanation:
         """Another library's search, whose passes are not known here, and a pass that judges its result."""
         name = getattr(self.attack, "__name__", type(self.attack).__name__)

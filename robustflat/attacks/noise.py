@@ -70,6 +70,12 @@ class RandomNoise:
         assert best is not None
         return best
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw all images; see `attacks.rehearsal`."""
+        for _ in range(self.trials):
+            self._draw(x, generator)
+        return True
+
     def explain(self) -> Explanation:
         """The worst of the draws, each judged by one forward pass."""
         cost = FORWARD.times(self.trials, "T", T=self.trials)
@@ -136,6 +142,11 @@ class NFgsm:
             (grad,) = torch.autograd.grad(value.sum(), noisy)
             moved = (noisy.detach() + self.step_size * grad.sign()).clamp(self.ball.low, self.ball.high)
         return judge(forward, moved, y, objective)
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw the noise; see `attacks.rehearsal`."""
+        self._noisy(x, generator)
+        return True
 
     def explain(self) -> Explanation:
         """One step from the noise, and a pass that judges the result."""

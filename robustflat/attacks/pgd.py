@@ -67,6 +67,10 @@ class NoAttack:
         check_shapes(x, y)
         return judge(forward, x, y, objective or self.objective)
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Nothing is drawn; see `attacks.rehearsal`."""
+        return True
+
     def explain(self) -> Explanation:
         """The images stay; one forward pass judges them, which training leaves out."""
         return Explanation("x' = x", cost=FORWARD)
@@ -189,6 +193,11 @@ class Pgd:
                 return self._search(forward, x, y, objective, generator)
             many_x, many_y = (_repeat(t, self.restarts) for t in (x, y))
             return self._best_restart(self._search(forward, many_x, many_y, objective, generator))
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw the random start of all restarts; see `attacks.rehearsal`."""
+        self._start(_repeat(x, self.restarts), generator)
+        return True
 
     def explain(self) -> Explanation:
         """Projected gradient ascent with these steps; with tau the clean images are judged as well."""

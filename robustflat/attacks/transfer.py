@@ -10,6 +10,7 @@ from torch import Tensor
 from robustflat.attacks.describe import describe
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import is_targeted, judge, own_objective
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.errors import UserError
 from robustflat.explanation import FORWARD, Explanation, explanation_of
 from robustflat.types import Attack, Forward, Found, Objective
@@ -70,6 +71,10 @@ class Transfer:
             )
         found = self.attack(self._network, x, y, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective, targeted=self.targeted)
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attack draws; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x, generator)
 
     def explain(self) -> Explanation:
         """One pass that judges; the search's passes go through the surrogate."""

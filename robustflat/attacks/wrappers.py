@@ -25,6 +25,7 @@ from robustflat.attacks.judging import (
     own_objective,
     select,
 )
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, NOTHING, Explanation, explanation_of
 from robustflat.models.modes import frozen, training
@@ -72,6 +73,10 @@ class Restarts:
             new = self.attack(forward, x, y, objective, generator)
             best = select(improves(new, best, self.keep), new, best)
         return best
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return all(rehearse(self.attack, x, generator) for _ in range(self.n))
 
     def explain(self) -> Explanation:
         """The inner attack, n times."""
@@ -123,6 +128,10 @@ class WorstOf:
             best = new if best is None else select(improves(new, best, "fooled"), new, best)
         assert best is not None
         return best
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return all(rehearse(attack, x, generator) for attack in self.attacks.values())
 
     def explain(self) -> Explanation:
         """All inner attacks, one after the other; the upper bound has a judging pass for each."""
@@ -233,6 +242,10 @@ class PredictedLabels:
         found = self.attack(forward, x, predicted, objective, generator)
         return judge(forward, found.x_adv, y, objective or self.objective)
 
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x, generator)
+
     def explain(self) -> Explanation:
         """A prediction, the inner attack on it, and a pass that judges the result by the true labels."""
         inner = explanation_of(self.attack)
@@ -276,6 +289,10 @@ class OnlyCorrect:
         with _in_mode(forward, self.mode):
             clean = judge_as_is(forward, x, y, objective or self.objective, targeted=self.targeted)
         return select(clean.fooled, clean, self.attack(forward, x, y, objective, generator))
+
+    def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
+        """Draw what the inner attacks draw; see `attacks.rehearsal`."""
+        return rehearse(self.attack, x, generator)
 
     def explain(self) -> Explanation:
         """A pass over the clean images, and the inner attack."""

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.autoattack import AutoAttackSearch
-from robustflat.attacks.ensemble_progress import Progress
+from robustflat.attacks.ensemble_progress import Piece, Progress
 from robustflat.attacks.ensemble_result import AttackRecord, AutoAttackResult
 from robustflat.attacks.examples import require_answers
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.sanity import Finding, check_verified, finite_and_wrong, verify
 from robustflat.attacks.strongest import Strongest, judged_logits, strongest
+from robustflat.evaluation.turns import in_turn
 from robustflat.geometry.input_ball import InputBall
 from robustflat.memory import MemoryBudget
 from robustflat.models.precision import device_of
+from robustflat.ranks import workers
 from robustflat.types import Attack, Batch
 
 COLUMNS = ("tried", "broken", "loss", "margin", "size", "queries")
@@ -70,26 +73,42 @@ def attack_batches(
     Raises:
         UserError: if labels are not classes of the model, or logits are not finite.
     """
-    device, found, labels = device_of(model), [], []
+    device = device_of(model)
     run = partial(strongest, model, attack=attack, generator=generator, search=search, memory_budget=memory_budget)
-    refused = fooled = 0
-    for number, batch in enumerate(batches):
-        x, y = batch.x.to(device), batch.y.to(device)
+
+    def attacked(number: int) -> Piece:
         piece = None if progress is None else progress.load("batch", number)
         if piece is None:
-            logits, outside, wrong = _runs(run, Batch(x, y), ball, runs, at_once)
+            batch = Batch(batches[number].x.to(device), batches[number].y.to(device))
+            logits, outside, wrong = _runs(run, batch, ball, runs, at_once)
             piece = {"logits": logits.cpu(), "outside": outside, "wrong": wrong, "state": generator.get_state()}
             if progress is not None:
                 progress.save("batch", number, piece)
         else:
             generator.set_state(piece["state"])
-        found.append(piece["logits"])
-        labels.append(batch.y.cpu())
-        refused, fooled = refused + piece["outside"], fooled + piece["wrong"]
-    logits = torch.cat(found, dim=1)
+        return piece
+
+    def rehearsal(number: int, stand_in: torch.Generator) -> bool:
+        x = batches[number].x.to(device)
+        return all(rehearse(attack, _copies(x, now), stand_in) for now in _passes(len(x), runs, at_once))
+
+    pieces = in_turn(attacked, len(batches), generator, rehearsal)
+    logits = torch.cat([piece["logits"] for piece in pieces], dim=1)
+    labels = torch.cat([batch.y.cpu() for batch in batches])
     for run in logits:
-        require_answers(run, torch.cat(labels))
+        require_answers(run, labels)
+    refused, fooled = (sum(piece[part] for piece in pieces) for part in ("outside", "wrong"))
     return Attacked(logits, (check_verified(refused, fooled, counted=True),), {}, {})
+
+
+def _passes(count: int, runs: int, at_once: int) -> list[int]:
+    """How many runs on a batch of `count` images share each pass."""
+    together = max(1, at_once // count)
+    return [min(together, runs - done) for done in range(0, runs, together)]
+
+
+def _copies(t: Tensor, times: int) -> Tensor:
+    return t.repeat(times, *[1] * (t.ndim - 1))
 
 
 def _runs(
@@ -97,17 +116,15 @@ def _runs(
 ) -> tuple[Tensor, int, int]:
     """Logits (R, B, K), and how many misclassified images lie outside the ball, and are there in all."""
     x, y = batch
-    together, parts, left = max(1, at_once // len(y)), [], runs
+    parts = []
     outside = wrong = 0
-    while left:
-        now = min(together, left)
-        many_x, many_y = x.repeat(now, *[1] * (x.ndim - 1)), y.repeat(now)
+    for now in _passes(len(y), runs, at_once):
+        many_x, many_y = _copies(x, now), _copies(y, now)
         result = run(many_x, many_y)
         misled = finite_and_wrong(result.logits, many_y)
         wrong += int(misled.sum())
         outside += int((misled & ~verify(result.x_adv, many_x, ball).allowed).sum())
         parts.append(result.logits.float().view(now, len(y), -1))
-        left -= now
     return torch.cat(parts), outside, wrong
 
 
@@ -138,7 +155,7 @@ def autoattack_batches(
     evaluation = attack.evaluation(seed=seed, batch_size=at_once)
     result = evaluation(model, x, y, progress=None if progress is None else progress.folder / "autoattack")
     parts = torch.split(result.adversarial.to(x), [len(batch.y) for batch in batches])
-    logits = torch.cat([judged_logits(model, part).float().cpu() for part in parts])
+    logits = torch.cat(workers().map(lambda part: judged_logits(model, part).float(), parts)).cpu()
     require_answers(logits, y.cpu())
     return Attacked(logits[None], result.sanity.findings, _verdicts(result), _costs(result.attacks))
 

@@ -26,6 +26,7 @@ from robustflat.evaluation.predict import Prediction, predict
 from robustflat.flatness.subject import require_evaluation_mode
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.precision import device_of, precision_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack
 
@@ -210,6 +211,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Clean and robust error and loss of a network.
 
+    In a job of several processes it is computed by whoever calls it, unless within `robustflat.ranks.sharing_work`.
+
     >>> print(evaluate(model, images, labels, epsilon=8 / 255))  # doctest: +SKIP
 
     Args:
@@ -235,7 +238,8 @@ def evaluate(
     clean = predict(model, batches)
     device = device_of(model)
     threat = ball or BALLS[norm](epsilon)
-    sanity = check_network(model, *batches[0], threat, generator_for(seed, "sanity", device=device))
+    drawn = generator_for(seed, "sanity", device=device)
+    sanity = workers().on_first(lambda: check_network(model, *batches[0], threat, drawn))
     generator = generator_for(seed, "evaluate", device=device)
     attacked = attack_batches(
         model,

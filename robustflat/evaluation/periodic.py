@@ -16,6 +16,7 @@ from robustflat.evaluation.predict import predict
 from robustflat.explanation import FORWARD, Explanation, explanation_of
 from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
+from robustflat.ranks import sharing_work
 from robustflat.rng import generator_for
 from robustflat.training.callbacks import Callback
 from robustflat.types import Attack, Batch
@@ -86,9 +87,10 @@ class PeriodicEvaluation(Callback):
         if trainer.epoch % self.every and trainer.epoch != trainer.epochs:
             return
         values: dict[str, float] = {}
-        for name, network in trainer.networks().items():
-            prefix = "evaluation" if name == "model" else f"evaluation_{name}"
-            values |= {f"{prefix}/{key}": value for key, value in self.measure(network).items()}
+        with sharing_work():  # the ranks of a training have the same network
+            for name, network in trainer.networks().items():
+                prefix = "evaluation" if name == "model" else f"evaluation_{name}"
+                values |= {f"{prefix}/{key}": value for key, value in self.measure(network).items()}
         trainer.logger.log(values, step=trainer.step)
         if trainer.history:
             trainer.history[-1].update(values)

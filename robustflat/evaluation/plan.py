@@ -26,6 +26,7 @@ from robustflat.flatness.result import FlatnessResult
 from robustflat.geometry.input_ball import input_ball
 from robustflat.memory import MemoryBudget, require_memory_budget
 from robustflat.models.precision import device_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack
 
@@ -210,9 +211,9 @@ class EvaluationPlan:
     def sanity_piece(self, model: nn.Module, dataset: Dataset, split: str, *, seed: int) -> list[Finding]:
         """Checks of images, network and gradients on the first examples of a split, in this plan's threat model."""
         x, y = dataset.split(split).batches(self.batch_size)[0]
-        device = device_of(model)
+        device, ball = device_of(model), input_ball(self.norm, self.epsilon)
         generator = generator_for(seed, "sanity", device=device)
-        return check_network(model, x.to(device), y.to(device), input_ball(self.norm, self.epsilon), generator)
+        return workers().on_first(lambda: check_network(model, x.to(device), y.to(device), ball, generator))
 
     def flatness_piece(
         self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, reference: Tensor | None = None

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.examples import require_answers
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.strongest import judged_logits, strongest
 from robustflat.errors import UserError, require_range
+from robustflat.evaluation.turns import in_turn
 from robustflat.memory import MemoryBudget
 from robustflat.models.precision import device_of
 from robustflat.types import Attack, Batch
@@ -54,30 +56,37 @@ def predict(
         UserError: if there are no batches, labels are not classes of the model, or logits are not finite.
     """
     require_range("restarts", restarts, low=1)
-    device = device_of(model)
-    logits, labels = [], []
-    for batch in batches:
-        x, y = batch.x.to(device), batch.y.to(device)
+    device, several = device_of(model), list(batches)
+    if not several:
+        raise UserError("There is nothing to predict: the data set has no batch.")
+
+    def logits(number: int) -> Tensor:
+        x, y = several[number].x.to(device), several[number].y.to(device)
         if y.ndim != 1 or y.is_floating_point():
             raise UserError(f"predict needs one class per image, got labels {y.dtype} of shape {tuple(y.shape)}.")
         if attack is None:
-            found = judged_logits(model, x)
-        else:
-            found = strongest(
-                model,
-                x,
-                y,
-                attack,
-                restarts=restarts,
-                select=select,
-                generator=generator,
-                search=search,
-                memory_budget=memory_budget,
-            ).logits
-        logits.append(found.detach().float())
-        labels.append(y)
-    if not logits:
-        raise UserError("There is nothing to predict: the data set has no batch.")
-    prediction = Prediction(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+            return judged_logits(model, x).float()
+        found = strongest(
+            model,
+            x,
+            y,
+            attack,
+            restarts=restarts,
+            select=select,
+            generator=generator,
+            search=search,
+            memory_budget=memory_budget,
+        )
+        return found.logits.float()
+
+    def rehearsal(number: int, stand_in: torch.Generator) -> bool:
+        x = several[number].x.to(device)
+        return all(rehearse(attack, x, stand_in) for _ in range(restarts))
+
+    if attack is None:
+        found = in_turn(logits, len(several), None, None)
+    else:
+        found = in_turn(logits, len(several), generator, rehearsal)
+    prediction = Prediction(torch.cat(found).cpu(), torch.cat([batch.y.cpu() for batch in several]))
     require_answers(*prediction)
     return prediction

@@ -22,6 +22,7 @@ from robustflat.flatness.subject import Subject, subject
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
 
@@ -176,18 +177,24 @@ class AverageFlatness:
         images = at_w.batches if self.loss == "frozen" else found.batches
         search = SearchCopy(model, self.search)
         with held_still(model):
-            losses = torch.stack([self._trial(found, images, search, trial, seed) for trial in range(self.trials)])
+            losses = self._displaced_losses(found, images, search, seed)
         return self._result(found, losses, at_w, seed=seed, seconds=time.perf_counter() - start)
 
-    def _trial(self, found: Subject, images: list[Batch], search: SearchCopy, trial: int, seed: int) -> Tensor:
-        """Losses (N,) of one trial on `images`: the subject's own, or adversarial ones found at w."""
-        losses = []
-        for number, group in enumerate(found.groups(self.draws)):
+    def _displaced_losses(self, found: Subject, images: list[Batch], search: SearchCopy, seed: int) -> Tensor:
+        """Losses (T, N) of all trials on `images`: the subject's own, or adversarial ones found at w."""
+        groups = found.groups(self.draws)
+
+        def at(place: tuple[int, int]) -> Tensor:
+            trial, number = place
+            losses = []
             with displaced(found.model, self._draw(found, trial, number, seed)), self._statistics(found):
-                for index in group:
+                for index in groups[number]:
                     generator = generator_for(seed, "attack", trial, index, device=found.device)
                     losses.append(self._losses(found.model, images[index], search, generator))
-        return torch.cat(losses)
+            return torch.cat(losses)
+
+        places = [(trial, number) for trial in range(self.trials) for number in range(len(groups))]
+        return torch.cat(workers().map(at, places)).to(found.device).view(self.trials, found.size)
 
     def _draw(self, found: Subject, trial: int, group: int, seed: int) -> Weights:
         """One displacement; weights must not be displaced yet, as the ball's size is relative to them."""

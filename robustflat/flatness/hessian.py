@@ -19,6 +19,7 @@ from robustflat.flatness.spectrum_result import SpectralDensity, SpectrumResult
 from robustflat.flatness.subject import Subject, subject
 from robustflat.flatness.trace import ESTIMATORS, TraceEstimates, signs, trace_estimates
 from robustflat.memory import MemoryBudget, require_memory_budget
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch
 
@@ -232,11 +233,14 @@ def hessian_spectrum(
 
 def frozen_batches(found: Subject, attack: Attack, seed: int) -> list[Batch]:
     """The subject's batches with adversarial images found at its present weights."""
-    batches = []
-    for index, (x, y) in enumerate(found.batches):
+
+    def attacked(index: int) -> Tensor:
+        x, y = found.batches[index]
         generator = generator_for(seed, "reference", index, device=x.device)
-        batches.append(Batch(strongest(found.model, x, y, attack, generator=generator).x_adv, y))
-    return batches
+        return strongest(found.model, x, y, attack, generator=generator).x_adv
+
+    images = workers().map(attacked, range(len(found.batches)))
+    return [Batch(x.to(found.device), y) for x, (_, y) in zip(images, found.batches, strict=True)]
 
 
 def _on_cpu(pairs: Eigenpairs) -> Eigenpairs:

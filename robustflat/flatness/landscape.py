@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -25,13 +25,15 @@ from robustflat.flatness.subject import Subject, subject
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
 
 LOSSES = ("robust", "clean", "frozen")
 REDUCTIONS = ("mean", "max")
 
-Done = MutableMapping[tuple[int, int], tuple[float, ...]]
+Place = tuple[int, int]
+Done = MutableMapping[Place, tuple[float, ...]]
 """(row, column) of a point -> (loss, error); points in it are not measured, new ones are put into it."""
 
 
@@ -143,14 +145,14 @@ class Landscape:
         ready, source = self._ready(found, directions, self.trials)
         measured, middle = self._images(found), self.points // 2
 
-        def height(row: int, column: int) -> Height:
-            s = float(steps[column])
-            # All lines meet at w, with the same attack: one measurement serves them all.
-            place = (0 if column == middle else row, column)
-            return self._height(found, measured, known, place, {n: s * d for n, d in ready[row].items()})
+        def height(place: Place) -> Height:
+            s = float(steps[place[1]])
+            return self._height(found, measured, {n: s * d for n, d in ready[place[0]].items()})
 
-        rows = [[height(row, column) for column in range(self.points)] for row in range(len(ready))]
-        return self._result(found, "lines", steps, rows, ready, source)
+        # All lines meet at w, with the same attack: one measurement serves them all.
+        columns = range(self.points)
+        places = [[(0 if column == middle else row, column) for column in columns] for row in range(len(ready))]
+        return self._result(found, "lines", steps, _heights(places, known, height), ready, source)
 
     def plane(
         self,
@@ -174,12 +176,12 @@ class Landscape:
         (first, second), source = self._ready(found, directions, 2)
         measured = self._images(found)
 
-        def height(i: int, j: int) -> Height:
-            a, b = float(steps[i]), float(steps[j])
-            return self._height(found, measured, known, (i, j), {n: a * first[n] + b * second[n] for n in first})
+        def height(place: Place) -> Height:
+            a, b = (float(steps[i]) for i in place)
+            return self._height(found, measured, {n: a * first[n] + b * second[n] for n in first})
 
-        rows = [[height(i, j) for j in range(self.points)] for i in range(self.points)]
-        return self._result(found, "plane", steps, rows, [first, second], source)
+        places = [[(i, j) for j in range(self.points)] for i in range(self.points)]
+        return self._result(found, "plane", steps, _heights(places, known, height), [first, second], source)
 
     def path(
         self,
@@ -214,12 +216,13 @@ class Landscape:
         whole = direction_to(found.weights, target)
         recalibrate = batch_norm == "recalibrate" and bool(statistic_layers(model))
         steps, measured = torch.linspace(0, 1, self.points, dtype=torch.float64), self._images(found)
-        row = []
-        for column, s in enumerate(steps.tolist()):
-            with ExitStack() as stack:
-                stack.enter_context(_moved_towards(ends, s))
-                row.append(self._height(found, measured, known, (0, column), {}, recalibrate=recalibrate))
-        return self._result(found, "path", steps, [row], [whole], f"to another network, statistics {batch_norm}")
+
+        def height(place: Place) -> Height:
+            with _moved_towards(ends, float(steps[place[1]])):
+                return self._height(found, measured, {}, recalibrate=recalibrate)
+
+        rows = _heights([[(0, column) for column in range(self.points)]], known, height)
+        return self._result(found, "path", steps, rows, [whole], f"to another network, statistics {batch_norm}")
 
     def find_directions(
         self, model: nn.Module, images: Array, labels: Array, *, batch_size: int = 128
@@ -268,25 +271,20 @@ class Landscape:
         self,
         found: Subject,
         batches: Sequence[Batch],
-        known: Done,
-        place: tuple[int, int],
         nu: Weights,
         *,
         recalibrate: bool = False,
     ) -> Height:
-        """Mean loss and error at w + nu, unless they are known."""
-        if place not in known:
-            with ExitStack() as stack:
-                stack.enter_context(displaced(found.model, nu))
-                if recalibrate:
-                    stack.enter_context(held_still(found.model))
-                    stack.enter_context(recalibrated(found.model, found.batches))
-                logits = [self._logits(found.model, x, y, index) for index, (x, y) in enumerate(batches)]
-            losses = [cross_entropy(z, y).double() for z, (_, y) in zip(logits, batches, strict=True)]
-            wrong = [predicted_wrong(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
-            known[place] = (float(torch.cat(losses).mean()), float(torch.cat(wrong).double().mean()))
-        loss, error = known[place]
-        return Height(loss, error)
+        """Mean loss and error at w + nu."""
+        with ExitStack() as stack:
+            stack.enter_context(displaced(found.model, nu))
+            if recalibrate:
+                stack.enter_context(held_still(found.model))
+                stack.enter_context(recalibrated(found.model, found.batches))
+            logits = [self._logits(found.model, x, y, index) for index, (x, y) in enumerate(batches)]
+        losses = [cross_entropy(z, y).double() for z, (_, y) in zip(logits, batches, strict=True)]
+        wrong = [predicted_wrong(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
+        return Height(float(torch.cat(losses).mean()), float(torch.cat(wrong).double().mean()))
 
     def _logits(self, model: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
         if self.loss != "robust":
@@ -330,6 +328,20 @@ class Landscape:
                 "seed": self.seed,
             },
         )
+
+
+def _heights(places: Sequence[Sequence[Place]], known: Done, height: Callable[[Place], Height]) -> list[list[Height]]:
+    """Heights at all places; those that are not known are measured, one by each rank at a time, and put into `known`.
+
+    So an interruption loses one point of every rank.
+    """
+    ranks = workers()
+    missing = [place for place in dict.fromkeys(place for row in places for place in row) if place not in known]
+    for begin in range(0, len(missing), ranks.size):
+        now = missing[begin : begin + ranks.size]
+        for place, found in zip(now, ranks.map(height, now), strict=True):
+            known[place] = tuple(found)
+    return [[Height(*known[place]) for place in row] for row in places]
 
 
 _IMAGES = {

@@ -31,5 +31,8 @@ class FlatnessMeasure(Protocol):
         *,
         generator: torch.Generator | None = None,
     ) -> FlatnessResult:
-        """Measure; `reference` (N,) is the loss at the undisplaced weights where it is known."""
+        """Measure; `reference` (N,) is the loss at the undisplaced weights where it is known.
+
+        Within `robustflat.ranks.sharing_work` every rank makes the call, does a share of it and gets the result.
+        """
         ...

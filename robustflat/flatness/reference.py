@@ -12,6 +12,7 @@ from robustflat.attacks.strongest import judged_logits, strongest
 from robustflat.errors import UserError
 from robustflat.flatness.protocol import REFERENCE_RESTARTS, Protocol
 from robustflat.flatness.subject import Subject
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch
 
@@ -58,20 +59,24 @@ def reference_at(
     if given is not None:
         return Reference(_checked(given, found, loss), found.batches, "given by the caller")
     if loss == "clean":
-        logits = [judged_logits(found.model, batch.x) for batch in found.batches]
-        losses = [protocol.losses(z, batch.y) for z, batch in zip(logits, found.batches, strict=True)]
-        return Reference(torch.cat(losses), found.batches, "none")
+        clean = workers().map(
+            lambda batch: protocol.losses(judged_logits(found.model, batch.x), batch.y), found.batches
+        )
+        return Reference(torch.cat(clean).to(found.device), found.batches, "none")
     chosen, runs = (once, 1) if once is not None else (attack, REFERENCE_RESTARTS)
     assert chosen is not None, "robust and frozen losses have an attack"
-    losses, batches = [], []
-    for index, (x, y) in enumerate(found.batches):
+
+    def attacked(index: int) -> tuple[Tensor, Tensor]:
+        x, y = found.batches[index]
         generator = generator_for(seed, "reference", index, device=found.device)
         best = strongest(
             found.model, x, y, chosen, restarts=runs, select=protocol.select, generator=generator, search=search
         )
-        losses.append(protocol.losses(best.logits, y))
-        batches.append(Batch(best.x_adv, y))
-    return Reference(torch.cat(losses), batches, _attack_words(attack, once))
+        return protocol.losses(best.logits, y), best.x_adv
+
+    losses, images = zip(*workers().map(attacked, range(len(found.batches))), strict=True)
+    batches = [Batch(x.to(found.device), y) for x, (_, y) in zip(images, found.batches, strict=True)]
+    return Reference(torch.cat(losses).to(found.device), batches, _attack_words(attack, once))
 
 
 def reference_words(loss: str, attack: Attack | None, once: Attack | None, settings: str) -> str:

@@ -18,6 +18,7 @@ from robustflat.attacks.strongest import judged_logits
 from robustflat.errors import UserError
 from robustflat.models.modes import perturbable
 from robustflat.models.precision import device_of
+from robustflat.ranks import workers
 from robustflat.types import Batch, Weights
 
 
@@ -74,9 +75,9 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)
     require_own_statistics(model)
-    require_deterministic(model, moved[0].x)
-    logits = torch.cat([judged_logits(model, batch.x) for batch in moved])
-    require_answers(logits, torch.cat([batch.y for batch in moved]))
+    workers().on_first(lambda: require_deterministic(model, moved[0].x))
+    logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
+    require_answers(torch.cat(logits).to(device), torch.cat([batch.y for batch in moved]))
     return Subject(model, moved, weights)
 
 

@@ -26,6 +26,7 @@ from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.folded import FoldedForward, WeightsForward, folded_forward, plain_forward
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
+from robustflat.ranks import workers
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
 
@@ -191,9 +192,7 @@ class WorstFlatness:
                 given=reference,
                 search=self.search,
             )
-            climb = self._climb(found)
-            ascents = [self._restart(found, climb, restart, seed) for restart in range(self.restarts)]
-        losses, trace = (torch.stack(parts) for parts in zip(*ascents, strict=True))
+            losses, trace = self._ascents(found, self._climb(found), seed)
         require_finite(losses, self.ball.radius)
         rises = trace.double().cpu() - float(at_w.losses.double().mean())
         return self._result(found, losses, rises, at_w, seed=seed, seconds=time.perf_counter() - start)
@@ -216,18 +215,25 @@ class WorstFlatness:
             weights = {n: w.clone(memory_format=_order(w)) for n, w in weights.items()}
         return Climb(forward, weights, WeightAscent(self.ball, self.weight_step, weights))
 
-    def _restart(self, found: Subject, climb: Climb, restart: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Losses (N,) at the end of one restart, and the mean loss after 0..S steps, (S+1,)."""
-        losses, traces = [], []
-        for number, indices in enumerate(found.groups(self.protocol.draws)):
-            group = [found.batches[i] for i in indices]
+    def _ascents(self, found: Subject, climb: Climb, seed: int) -> tuple[Tensor, Tensor]:
+        """Losses (T, N) at the end of each restart, and its mean loss after 0..S steps, (T, S+1)."""
+        groups = [[found.batches[i] for i in indices] for indices in found.groups(self.protocol.draws)]
+
+        def climbed(place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            restart, number = place
+            group = groups[number]
             generator = generator_for(seed, "ascent", restart, number, device=found.device)
             point, trace = self._ascend(found, climb, group, self._start(found, group, generator))
             with displaced(found.model, point.nu):
-                for x, (_, y) in zip(point.images, group, strict=True):
-                    losses.append(self.protocol.losses(judged_logits(found.model, x), y))
-            traces.append(trace * (sum(len(batch.y) for batch in group) / found.size))
-        return torch.cat(losses), torch.stack(traces).sum(dim=0)
+                pairs = zip(point.images, group, strict=True)
+                losses = [self.protocol.losses(judged_logits(found.model, x), y) for x, (_, y) in pairs]
+            return torch.cat(losses), trace * (sum(len(batch.y) for batch in group) / found.size)
+
+        places = [(restart, number) for restart in range(self.restarts) for number in range(len(groups))]
+        losses, traces = (torch.cat(parts) for parts in zip(*workers().map(climbed, places), strict=True))
+        by_restart = traces.to(found.device).view(self.restarts, len(groups), self.steps + 1)
+        trace = torch.stack([parts.sum(dim=0) for parts in by_restart])
+        return losses.to(found.device).view(self.restarts, found.size), trace
 
     def _start(self, found: Subject, group: list[Batch], generator: torch.Generator) -> Point:
         nu = self.ball.sample(found.weights, generator, sampling=self.protocol.worst_start)

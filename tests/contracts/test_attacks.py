@@ -18,6 +18,7 @@ from robustflat.attacks.multi_targeted import MultiTargeted
 from robustflat.attacks.noise import NFgsm, RandomNoise
 from robustflat.attacks.objectives import cross_entropy, kl_divergence, margin
 from robustflat.attacks.pgd import NoAttack, Pgd
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.transfer import Transfer
 from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, WorstOf
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
@@ -167,6 +168,17 @@ def test_the_result_lies_in_ball_and_box(case: Case, classes: int) -> None:
     assert (case.ball.size(found.x_adv.double(), x.double()) <= case.ball.epsilon * (1 + 1e-6)).all()
     assert found.x_adv.min() >= 0
     assert found.x_adv.max() <= 1
+
+
+@cases()
+def test_a_rehearsal_draws_what_a_call_draws_or_says_that_it_cannot(case: Case) -> None:
+    x, y = batch()
+    real, rehearsed = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    if not rehearse(case.attack, x, rehearsed):
+        assert isinstance(case.attack, MultiTargeted | Fraction)
+        return
+    case.attack(Network(), x, y, generator=real)
+    assert torch.equal(real.get_state(), rehearsed.get_state())
 
 
 @cases()

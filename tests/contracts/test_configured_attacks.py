@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from robustflat.apps.build import build
 from robustflat.apps.config import config_folder, register
 from robustflat.attacks.objectives import cross_entropy
+from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.transfer import Transfer
 from robustflat.geometry.input_ball import input_ball
 from robustflat.models.resnet import resnet_tiny
@@ -41,6 +42,22 @@ def configured(choice: str) -> tuple[Attack, DictConfig]:
         torch.manual_seed(0)
         attack.give(resnet_tiny(classes=10, channels=4, mean=[0.3], std=[0.3]))
     return attack, config
+
+
+DRAWS_UNKNOWN = {"autoattack", "multi_targeted", "worst_of"}  # depend on what is found, or on the number of classes
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_rehearsal_draws_what_the_attack_draws(choice, images):
+    attack, _ = configured(choice)
+    model = resnet_tiny(classes=10, channels=4, mean=[0.3], std=[0.3])
+    x, y = torch.rand(images, 1, 8, 8), torch.arange(images)
+    real, rehearsed = (torch.Generator().manual_seed(5) for _ in range(2))
+    assert rehearse(attack, x, rehearsed) == (choice not in DRAWS_UNKNOWN)
+    if choice not in DRAWS_UNKNOWN:
+        attack(model, x, y, None, real)
+        assert torch.equal(real.get_state(), rehearsed.get_state())
 
 
 @pytest.mark.parametrize("choice", CHOICES)
