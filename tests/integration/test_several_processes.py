@@ -93,7 +93,7 @@ def test_two_processes_do_the_run_of_one(cli, pair, tmp_path):
     [
         ((), ("dataset.batch_size=33",), "take 32 or 34"),
         ((), ("trainer.callbacks.snapshots.every=0",), "must be at least 1"),
-        (("-m",), ("seed=0,1",), "torchrun starts the processes of one run"),
+        (("-m",), ("seed=0,1",), "torchrun starts the processes of one command"),
     ],
 )
 def test_what_goes_wrong_is_said_once(pair, tmp_path, before, arguments, text):
