@@ -114,10 +114,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every size-th of `items`, beginning with this rank's number; shares differ by one item at most.
-
-        A batch is shared so too (`x[rank::size]`): the first half of a share belongs to the batch's first half.
-        """
+        """Every size-th of `items`, beginning with this rank's number; shares differ by one item at most."""
         return items[self.rank :: self.size]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
