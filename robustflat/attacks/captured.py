@@ -106,7 +106,7 @@ def cuda_graph(work: Callable[[], Passed], device: torch.device) -> tuple[Passed
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device):
-            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):

@@ -73,9 +73,10 @@ class Compiled(nn.Module):
         # Always the same strides: others would need another graph.
         x = x.clone(memory_format=self._order)
         if self._overwrites and x.is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             if x.requires_grad:
-                x.register_hook(torch.clone)  # the next pass overwrites what this one returns
+                # The next pass overwrites what this one returns.
+                x.register_hook(torch.clone)  # type: ignore[no-untyped-call]
         with _explained():
             logits: Tensor = self._run(x)
         return logits.clone() if self._overwrites else logits
