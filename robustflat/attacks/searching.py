@@ -12,7 +12,8 @@ from robustflat.attacks.captured import Captured
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import is_targeted, own_objective
 from robustflat.attacks.nested import nested
-from robustflat.attacks.pgd import Pgd
+from robustflat.attacks.noise import RandomNoise
+from robustflat.attacks.pgd import NoAttack, Pgd
 from robustflat.attacks.strongest import EXAMPLES, SEARCHES
 from robustflat.errors import UserError, require_one_of
 from robustflat.explanation import Explanation, explanation_of
@@ -45,14 +46,14 @@ class Searching:
             no more than 32 MiB, or than 64 images need) or `None` (no bound); see `robustflat.memory`. Beyond it
             the network takes the batch in pieces. Random starts are those of the whole batch, results the same up
             to rounding. PGD needs no more than that; other attacks keep all pieces' graphs.
-        compile: one of `COMPILES`; changes rounding alone. "default" and "reduce-overhead" compile the copy for the
-            first shape of its passes and take some time for it (see `Compiled`); a batch of another size runs as
-            without. "graph" needs CUDA and PGD and captures its passes (see `Captured`), up to four kinds of them.
-            Neither "graph" nor "reduce-overhead" has been run on a GPU yet.
+        compile: one of `COMPILES`, for PGD; changes rounding alone. "default" and "reduce-overhead" compile the copy
+            for the first shape of its passes and take some time for it (see `Compiled`); a batch of another size runs
+            as without. "graph" needs CUDA and captures whole passes (see `Captured`), up to four kinds of them. None
+            of them has been run on a GPU yet.
 
     Raises:
         UserError: for another `search` or `compile`, what is no memory budget, or a `compile` that does not go with
-            `search` or the attack.
+            the search or the attack.
     """
 
     def __init__(
@@ -130,19 +131,20 @@ def _fast(copy: InferenceModel, compile: str) -> nn.Module:
 
 
 def require_compile(compile: str, search: str, attack: Attack) -> None:
-    """Refuse another `compile` than those of `COMPILES`, and one that could not have an effect.
+    """Refuse another `compile` than those of `COMPILES`, one without effect, and one that the attack cannot stand.
+
+    Compiled passes give their memory away: their gradient may be taken once, before the next pass. PGD does that.
 
     Raises:
-        UserError: without a copy to compile, or for a graph of an attack that is not PGD.
+        UserError: without a copy to compile, or if another attack than PGD takes gradients.
     """
     require_one_of("compile", compile, COMPILES)
     if compile != "none" and search == "plain":
         raise UserError(f"compile={compile} compiles the copy that is searched on: set search=fp32, or compile=none.")
-    if compile == "graph" and not any(isinstance(part, Pgd) for part in nested(attack)):
-        raise UserError(
-            f"compile=graph captures the passes of PGD, and this attack is {type(attack).__name__}: set "
-            "compile=default, or none."
-        )
+    leaves = [part for part in nested(attack) if len(list(nested(part))) == 1]
+    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Pgd | NoAttack | RandomNoise)]
+    if compile != "none" and others:
+        raise UserError(f"compile={compile} is for PGD, and this attack is {', '.join(others)}: set compile=none.")
 
 
 def require_device(compile: str, device: torch.device) -> None:

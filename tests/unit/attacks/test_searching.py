@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from robustflat.attacks import searching as room
 from robustflat.attacks.captured import Captured
-from robustflat.attacks.pgd import NoAttack, Pgd
+from robustflat.attacks.noise import NFgsm
+from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.searching import COMPILES, Searching
+from robustflat.attacks.wrappers import WorstOf
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.losses.rotation import Rotation
@@ -222,7 +224,11 @@ def test_every_way_to_compile_finds_the_same_on_a_gpu(compile: str, kind: str) -
     [
         ({"search": "plain", "compile": "default"}, "set search=fp32"),
         ({"compile": "inductor"}, "compile must be one of default, graph, none, reduce-overhead"),
-        ({"compile": "graph", "attack": NoAttack()}, "captures the passes of PGD, and this attack is NoAttack"),
+        ({"compile": "graph", "attack": NFgsm(BALL, step_size=0.1)}, "is for PGD, and this attack is NFgsm"),
+        (
+            {"compile": "default", "attack": WorstOf({"pgd": BUDGETED["best"], "fgsm": NFgsm(BALL, step_size=0.1)})},
+            "this attack is NFgsm: set compile=none",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], words: str) -> None:
