@@ -12,6 +12,7 @@ from robustflat.attacks.inputs import check_labels_on_cpu
 from robustflat.attacks.judging import require_values
 from robustflat.attacks.objectives import OBJECTIVES, Targeted
 from robustflat.errors import UserError
+from robustflat.models.passes import count_instead
 from robustflat.types import Forward, Objective
 
 MOST = 4
@@ -54,7 +55,8 @@ class Captured(nn.Module):
     Images and labels are copied into fixed memory, the graph is replayed, and its results are copied out. A pass is
     captured anew for another shape or type of images or labels, another objective, or another autocast, up to `MOST`
     times; further ones run plainly, and so does every objective that is none of `objectives.OBJECTIVES`: it might hold
-    tensors of its own, of which a graph would see the first forever. Weights may change in place only.
+    tensors of its own, of which a graph would see the first forever. Weights may change in place only. Hooks of the
+    network run while a pass is captured; only counters of passes (`PassCounter`) see every replay.
 
     Args:
         network: images -> logits; frozen, in eval mode.
@@ -67,6 +69,7 @@ class Captured(nn.Module):
         self._record = record or cuda_graph
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self.eval()
+        count_instead(network, onto=self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, K), plainly."""
@@ -77,10 +80,19 @@ class Captured(nn.Module):
         """As `passed`; the first call of a kind takes several passes."""
         kind = _kind(point, y, goal)
         if kind is None or (kind not in self._graphs and len(self._graphs) >= MOST):
-            return _passed(self.network, point, y, goal)
+            return _passed(self, point, y, goal)
         if kind not in self._graphs:
             self._graphs[kind] = _Graph(self.network, point, y, goal, self._record)
-        return self._graphs[kind](point, y)
+        found = self._graphs[kind](point, y)
+        self._count(point, found.logits)
+        return found
+
+    def _count(self, point: Tensor, logits: Tensor) -> None:
+        """Let whoever counts passes count a replay, which calls no hooks: forward, and a gradient of the output."""
+        for hook in self._forward_hooks.values():
+            output = logits.detach().requires_grad_()
+            hook(self, (point,), output)
+            torch.autograd.grad(output.view_as(output), output, logits)
 
 
 class _Graph:

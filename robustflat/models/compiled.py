@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.models.inference import InferenceModel
+from robustflat.models.passes import count_instead
 
 MODES = ("default", "reduce-overhead")
 """Modes of `torch.compile`: fused kernels, or on CUDA also replayed as CUDA graphs."""
@@ -43,6 +44,7 @@ class Compiled(nn.Module):
         self._run = torch.compile(_own_code(network), fullgraph=True, dynamic=False, mode=mode, backend=backend)
         self._compiled_for: tuple[object, ...] | None = None
         self.eval()
+        count_instead(network, onto=self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, K).

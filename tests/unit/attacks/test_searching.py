@@ -21,6 +21,7 @@ from robustflat.geometry.input_ball import LinfBall
 from robustflat.losses.rotation import Rotation
 from robustflat.models.chunks import bytes_per_image
 from robustflat.models.compiled import Compiled
+from robustflat.models.passes import PassCounter, Passes
 from robustflat.models.resnet import resnet_tiny
 from robustflat.types import Batch
 
@@ -188,6 +189,25 @@ def test_compiled_search_finds_the_same_while_the_network_moves(
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
             model.train()(x)
             model.eval()
+
+
+@pytest.mark.parametrize("compile", ["default", "graph"])
+@pytest.mark.parametrize("head", [False, True])
+def test_counters_count_the_passes_of_a_compiled_search(
+    monkeypatch: pytest.MonkeyPatch, compile: str, head: bool
+) -> None:
+    with_backend(monkeypatch, "eager")
+    counted = {}
+    for one in ("none", compile):
+        model, counter, searching = network().eval(), PassCounter(), Searching(BUDGETED["best"], "fp32", compile=one)
+        counter.attach(model)
+        attacked = nn.Sequential(model).eval() if head else model
+        for count in (6, 6, 5):
+            before = counter.passes
+            searching(attacked, *batch(count))
+            counted[one, count] = counter.passes.since(before)
+    assert counted[compile, 6] == counted["none", 6] == Passes(4, 3, 24)
+    assert counted[compile, 5] == counted["none", 5] == Passes(4, 3, 20)
 
 
 @pytest.mark.slow
