@@ -145,24 +145,37 @@ def run_id(config: DictConfig) -> str:
 MEMORY = "memory_budget"
 """Key of options that bound memory: they change speed alone."""
 
+COMPILE = "compile"
+"""Key of options that compile: a value but "none" changes rounding, as `search` does, and so makes another run."""
+
 _NUMBER = re.compile(r"\d+(e\d+)?")
 
 
 def digest(value: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of a JSON-able mapping, independent of the order of keys and of 1 being written 1.0.
 
-    Bounds on memory (keys `memory_budget`) do not count: they decide no result.
+    Bounds on memory (keys `memory_budget`) and `compile: none` do not count, see `decisive`.
     They never look like a number: Hydra reads run=823e4291 as infinity, and run=00123456 as 123456.
     """
-    text = json.dumps(_canonical(value), sort_keys=True, default=str)
+    text = json.dumps(_canonical(decisive(value)), sort_keys=True, default=str)
     digits = hashlib.sha256(text.encode()).hexdigest()
     parts = (digits[start : start + 8] for start in range(len(digits) - 7))
     return next(part for part in parts if not _NUMBER.fullmatch(part))
 
 
+def decisive(value: Any) -> Any:
+    """A configuration without what decides no result, at any depth: bounds on memory, and `compile: none`.
+
+    So runs from before these options existed keep their names and folders.
+    """
+    if isinstance(value, Mapping):
+        return {k: decisive(v) for k, v in value.items() if k != MEMORY and not (k == COMPILE and v == "none")}
+    return [decisive(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _canonical(v) for k, v in value.items() if k != MEMORY}
+        return {str(k): _canonical(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import robustflat
-from robustflat.apps.config import differences
+from robustflat.apps.config import decisive, differences
 from robustflat.errors import UserError
 from robustflat.ranks import current
 
@@ -77,7 +77,7 @@ class RunFolder:
             there = yaml.safe_load(stored.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{stored} is damaged; remove the folder {self.path} to start that run anew.") from error
-        lines = list(differences(there or {}, json.loads(json.dumps(identity, default=str))))
+        lines = list(differences(decisive(there or {}), decisive(json.loads(json.dumps(identity, default=str)))))
         if lines:
             text = "\n".join(f"  - {line}" for line in lines[:8])
             raise UserError(

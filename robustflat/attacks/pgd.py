@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
+from robustflat.attacks.captured import passed
+from robustflat.attacks.inputs import check_box_on_cpu, check_shapes
 from robustflat.attacks.iterates import EarlyStopper, Keeper, Walk
 from robustflat.attacks.judging import (
     KEEP,
@@ -21,7 +22,6 @@ from robustflat.attacks.judging import (
     judge_as_is,
     maximised,
     nothing_found,
-    require_values,
     select,
     succeeded,
 )
@@ -260,13 +260,8 @@ class Pgd:
         return Found(point.detach(), values, fooled), torch.cat([grad for _, grad in parts])
 
     def _pass(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
-        point = point.detach().requires_grad_()
-        logits = forward(point)
-        check_labels_on_cpu(logits, y)
-        value = goal(logits, y)
-        require_values(value, y)
-        (grad,) = torch.autograd.grad(value.sum(), point)
-        return Found(point.detach(), value.detach(), succeeded(logits.detach(), y, self.targeted)), grad
+        logits, value, grad = passed(forward, point, y, goal)
+        return Found(point.detach(), value, succeeded(logits, y, self.targeted)), grad
 
     def _best_restart(self, copies: Found) -> Found:
         rule = "fooled" if self.keep == "fooled" or self.tau is not None else "best"

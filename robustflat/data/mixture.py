@@ -199,10 +199,10 @@ class MixedStream(Iterator[Batch]):
         # the GPU would make every step wait for it.
         generator = generator_for(self.streams.seed, "extra", self._step)
         indices = torch.randint(len(self.extra), (self.num_extra,), generator=generator)
-        order = torch.randperm(self.batch_size, generator=generator).to(data.device)
+        order = torch.randperm(self.batch_size, generator=generator).to(data.device, non_blocking=True)
         self._step += 1
         images, labels = data.take(self.labelled.next_indices())
-        more_images, more_labels = (t.to(data.device) for t in self.extra.take(indices))
+        more_images, more_labels = (t.to(data.device, non_blocking=True) for t in self.extra.take(indices))
         x = torch.cat([to_unit_range(images), to_unit_range(more_images)])[order]
         y = torch.cat([labels, more_labels])[order]
         return augmented(Batch(x, y), self.augment, data.classes, self.streams["augment"])

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from robustflat.attacks.pgd import NoAttack
-from robustflat.attacks.searching import Searching
+from robustflat.attacks.searching import COMPILES, Searching, require_device
 from robustflat.attacks.shareable import require_shareable
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
@@ -114,6 +114,7 @@ class Trainer:
             of the whole batch; a single process has no use for it.
         memory_budget: of a pass of the attack and its gradient, in eval mode: MiB, "auto" or `None`; see
             `attacks.searching`.
+        compile: how the copy is run: "none" (as it is), "default", "reduce-overhead" or "graph"; see `Searching`.
         log_every: optimizer steps between two reads of the device, >= 1.
         folder: where callbacks save checkpoints, or `None` if none does.
 
@@ -146,6 +147,7 @@ class Trainer:
         search: str = "plain",
         sync_batch_norm: bool = True,
         memory_budget: MemoryBudget = "auto",
+        compile: str = "none",
         log_every: int = 50,
         folder: str | Path | None = None,
     ) -> None:
@@ -154,11 +156,13 @@ class Trainer:
         require_one_of("precision", precision, PRECISIONS)
         require_one_of("search", search, SEARCHES)
         require_memory_budget(memory_budget)
+        require_one_of("compile", compile, COMPILES)
+        require_device(compile, device_of(model))
         if len(data) < 1:
             raise UserError("the training set is smaller than one batch; reduce dataset.batch_size.")
-        if (search != "plain" or memory_budget is not None) and not isinstance(attack, NoAttack):
+        if ((search, compile) != ("plain", "none") or memory_budget is not None) and not isinstance(attack, NoAttack):
             # Inside the wrappers, which may need the network itself.
-            attack = Searching(attack, search, memory_budget=memory_budget)
+            attack = Searching(attack, search, memory_budget=memory_budget, compile=compile)
         for wrap in (wrappers or {}).values():
             attack = attack if wrap is None else wrap(attack)
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient

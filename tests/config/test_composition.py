@@ -127,6 +127,15 @@ def test_bounds_on_memory_decide_no_result_and_change_no_name():
     assert digest({"a": {"top": 3, "memory_budget": 100}}) == digest({"a": {"top": 3}})
 
 
+def test_compiling_makes_another_run_and_leaving_it_out_none(compose):
+    config = compose()
+    assert config.trainer.compile == "none"
+    base = run_id(config)
+    assert run_id(compose("trainer.compile=default")) != base
+    del config.trainer.compile  # as in runs from before the option existed
+    assert run_id(config) == base
+
+
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
 

@@ -43,6 +43,13 @@ def test_one_configuration_per_folder(tmp_path):
         RunFolder(tmp_path, {"trainer": {"epochs": 3}, "x": [1]})
 
 
+def test_a_folder_from_before_an_option_is_taken_where_the_option_decides_nothing(tmp_path):
+    RunFolder(tmp_path, {"trainer": {"epochs": 2}}).close()
+    RunFolder(tmp_path, {"trainer": {"epochs": 2, "memory_budget": "auto", "compile": "none"}}).close()
+    with pytest.raises(UserError, match=r"trainer\.compile: absent there, default here"):
+        RunFolder(tmp_path, {"trainer": {"epochs": 2, "memory_budget": 10, "compile": "default"}})
+
+
 def test_a_damaged_identity_is_named(tmp_path):
     (tmp_path / "identity.yaml").write_text("a: [1, 2\nb: }")
     with pytest.raises(UserError, match="damaged"):

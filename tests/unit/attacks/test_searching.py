@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks import searching as room
+from robustflat.attacks.captured import Captured
+from robustflat.attacks.noise import NFgsm
 from robustflat.attacks.pgd import Pgd
-from robustflat.attacks.searching import Searching
+from robustflat.attacks.searching import COMPILES, Searching
+from robustflat.attacks.wrappers import WorstOf
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.losses.rotation import Rotation
 from robustflat.models.chunks import bytes_per_image
+from robustflat.models.compiled import Compiled
+from robustflat.models.passes import PassCounter, Passes
 from robustflat.models.resnet import resnet_tiny
 from robustflat.types import Batch
 
@@ -141,3 +151,113 @@ def test_by_itself_it_takes_large_networks_64_images_at_once(channels: int, size
     model.eval().register_forward_hook(lambda _, arguments, __: seen.append(len(arguments[0])))
     Searching(Pgd(BALL, steps=1, step_size=0.1), "plain")(model, x, torch.zeros(128, dtype=torch.int64))
     assert seen == 2 * sizes
+
+
+def with_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let `Searching` compile without a compiler, or capture without a GPU."""
+    monkeypatch.setattr(room, "Compiled", lambda copy, **_: Compiled(copy, backend=backend))
+    monkeypatch.setattr(room, "require_device", lambda *_: None)
+
+    def record(work: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+        results = work()
+
+        def replay() -> None:
+            for tensor, new in zip(results, work(), strict=True):
+                tensor.copy_(new)
+
+        return results, replay
+
+    monkeypatch.setattr(room, "Captured", partial(Captured, record=record))
+
+
+@pytest.mark.parametrize("compile", ["default", "graph"])
+@pytest.mark.parametrize("budget", [None, 0.02])
+def test_compiled_search_finds_the_same_while_the_network_moves(
+    monkeypatch: pytest.MonkeyPatch, compile: str, budget: float | None
+) -> None:
+    with_backend(monkeypatch, "aot_eager")
+    model = network().eval()
+    attacks = [Searching(BUDGETED["best"], "fp32", memory_budget=budget, compile=c) for c in ("none", compile)]
+    for count in (6, 6, 5):  # a smaller last batch
+        x, y = batch(count)
+        plain, ours = (attack(model, x, y, None, torch.Generator().manual_seed(1)) for attack in attacks)
+        torch.testing.assert_close(ours.x_adv, plain.x_adv, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.value, plain.value, rtol=1e-9, atol=1e-9)
+        assert torch.equal(ours.fooled, plain.fooled)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            model.train()(x)
+            model.eval()
+
+
+@pytest.mark.parametrize("compile", ["default", "graph"])
+@pytest.mark.parametrize("head", [False, True])
+def test_counters_count_the_passes_of_a_compiled_search(
+    monkeypatch: pytest.MonkeyPatch, compile: str, head: bool
+) -> None:
+    with_backend(monkeypatch, "eager")
+    counted = {}
+    for one in ("none", compile):
+        model, counter, searching = network().eval(), PassCounter(), Searching(BUDGETED["best"], "fp32", compile=one)
+        counter.attach(model)
+        attacked = nn.Sequential(model).eval() if head else model
+        for count in (6, 6, 5):
+            before = counter.passes
+            searching(attacked, *batch(count))
+            counted[one, count] = counter.passes.since(before)
+    assert counted[compile, 6] == counted["none", 6] == Passes(4, 3, 24)
+    assert counted[compile, 5] == counted["none", 5] == Passes(4, 3, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["default", "reduce-overhead"])
+def test_inductor_finds_the_same(compile: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    x, y = batch()
+    attacks = [Searching(BUDGETED["best"], "fp32", memory_budget=None, compile=c) for c in ("none", compile)]
+    plain, ours = (attack(model, x.float(), y, None, torch.Generator().manual_seed(1)) for attack in attacks)
+    # Where a gradient is nearly zero, rounding may turn its sign.
+    assert ((ours.x_adv - plain.x_adv).abs() < 1e-5).double().mean() > 0.99
+    torch.testing.assert_close(ours.value, plain.value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["default", "reduce-overhead", "graph"])
+@pytest.mark.parametrize("kind", BUDGETED)
+def test_every_way_to_compile_finds_the_same_on_a_gpu(compile: str, kind: str) -> None:
+    model = network().cuda().eval()
+    x, y = (t.cuda() for t in batch())
+    attacks = [Searching(BUDGETED[kind], "fp32", memory_budget=None, compile=c) for c in ("none", compile)]
+    for _ in range(3):
+        plain, ours = (attack(model, x, y, None, torch.Generator("cuda").manual_seed(1)) for attack in attacks)
+        torch.testing.assert_close(ours.x_adv, plain.x_adv, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.value, plain.value, rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"search": "plain", "compile": "default"}, "set search=fp32"),
+        ({"compile": "inductor"}, "compile must be one of default, graph, none, reduce-overhead"),
+        ({"compile": "graph", "attack": NFgsm(BALL, step_size=0.1)}, "is for PGD, and this attack is NFgsm"),
+        (
+            {"compile": "default", "attack": WorstOf({"pgd": BUDGETED["best"], "fgsm": NFgsm(BALL, step_size=0.1)})},
+            "this attack is NFgsm: set compile=none",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], words: str) -> None:
+    chosen = {"attack": BUDGETED["best"], "search": "fp32", **options}
+    with pytest.raises(UserError, match=words):
+        Searching(chosen.pop("attack"), chosen.pop("search"), **chosen)
+
+
+def test_graphs_need_cuda() -> None:
+    assert "graph" in COMPILES
+    with pytest.raises(UserError, match="needs a CUDA device, and this is cpu: set compile=default"):
+        Searching(BUDGETED["best"], "fp32", compile="graph")(network().eval(), *batch())
