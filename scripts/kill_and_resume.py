@@ -31,7 +31,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="configuration of the run, after --")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        differences = kill_and_resume(Path(folder), arguments.kills, arguments.seed, arguments.overrides)
+        try:
+            differences = kill_and_resume(Path(folder), arguments.kills, arguments.seed, arguments.overrides)
+        except subprocess.CalledProcessError as error:  # train.py has said why
+            sys.exit(error.returncode)
     print("\n".join(differences) or f"{arguments.kills} kills: equal bit for bit")
     sys.exit(1 if differences else 0)
 
