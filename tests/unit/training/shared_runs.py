@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -108,7 +109,7 @@ def network(*, dropout: float = 0.0, norm: str = "bn", auxiliary: bool = False) 
 
 def make(method: str, *, batch_size: int = 8, epochs: int = 2, **options: Any) -> Trainer:
     """The trainer of a method, with anything replaced."""
-    chosen = dict(METHODS[method])
+    chosen = copy.deepcopy(METHODS[method])  # callbacks keep state
     kind = {key: chosen.pop(key) for key in ("dropout", "norm", "auxiliary") if key in chosen}
     parts = {
         "model": network(**kind),
