@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from robustflat.data.policies import AutoAugment, RandAugment, TrivialAugment
 from robustflat.data.policy_ops import Step
@@ -76,7 +76,7 @@ def peer_result(image: Tensor, steps: list[Step], index: int) -> Tensor:
     peer = v2.AutoAugment(fill=0)
     for step in steps:
         name, strength = OPERATIONS[int(step.operation[index])], float(step.strength[index])
-        image = peer._apply_image_or_video_transform(image, theirs(name), strength, "nearest", peer._fill)
+        image = peer._apply_image_or_video_transform(image, theirs(name), strength, InterpolationMode.NEAREST, peer._fill)
     return image
 
 
