@@ -76,7 +76,9 @@ def peer_result(image: Tensor, steps: list[Step], index: int) -> Tensor:
     peer = v2.AutoAugment(fill=0)
     for step in steps:
         name, strength = OPERATIONS[int(step.operation[index])], float(step.strength[index])
-        image = peer._apply_image_or_video_transform(image, theirs(name), strength, InterpolationMode.NEAREST, peer._fill)
+        image = peer._apply_image_or_video_transform(
+            image, theirs(name), strength, InterpolationMode.NEAREST, peer._fill
+        )
     return image
 
 
