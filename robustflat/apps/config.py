@@ -53,6 +53,28 @@ class Root:
     trusted_packages: list[str] = field(default_factory=list)
 
 
+@dataclass
+class NetworkRoot:
+    """Keys of every command about trained networks: a run or a checkpoint from elsewhere, and how it is looked at."""
+
+    run: str | None = None
+    checkpoint: str | None = None
+    checkpoints: Any = None
+    part: str = "model"
+    attack: Any = None
+    evaluation: Any = None
+    dataset: Any = None
+    model: Any = None
+    seed: int | None = None
+    device: str = "auto"
+    threads: int = 0
+    name: str | None = None
+    outputs: str = "outputs"
+    data_root: str | None = None
+    force: bool = False
+    trusted_packages: list[str] = field(default_factory=list)
+
+
 def config_folder() -> Path:
     """Folder of the YAML groups: inside the installed package, or beside it in a checkout."""
     package = Path(robustflat.__file__).resolve().parent

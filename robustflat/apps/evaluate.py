@@ -20,7 +20,7 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
-from robustflat.apps.config import Root, _safe_name, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import (
@@ -53,28 +53,12 @@ FACTS = ("commit", "command", "platform", "gpu", "processes")
 
 
 @dataclass
-class EvaluateRoot:
+class EvaluateRoot(NetworkRoot):
     """The top level of the configuration of `evaluate.py`."""
 
-    run: str | None = None
-    checkpoint: str | None = None
-    checkpoints: Any = None
-    part: str = "model"
     only: list[str] = field(default_factory=list)
-    evaluation: Any = None
-    attack: Any = None
     flatness: Any = None
-    dataset: Any = None
-    model: Any = None
-    seed: int | None = None
-    device: str = "auto"
-    threads: int = 0
-    name: str | None = None
-    outputs: str = "outputs"
-    data_root: str | None = None
-    force: bool = False
     profile: Any = False
-    trusted_packages: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(name="evaluate_root", node=EvaluateRoot)

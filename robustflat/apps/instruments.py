@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
-from robustflat.apps.config import Root, _training_norm, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _training_norm, digest, resolved
 from robustflat.apps.evaluate import (
     FACTS,
     RESULTS,
@@ -51,27 +51,11 @@ PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass
-class InstrumentRoot:
+class InstrumentRoot(NetworkRoot):
     """Keys that these commands have in common."""
 
-    run: str | None = None
-    checkpoint: str | None = None
-    checkpoints: Any = None
-    part: str = "model"
     examples: str = "test"
     batch_size: int = 128
-    attack: Any = None
-    evaluation: Any = None
-    dataset: Any = None
-    model: Any = None
-    seed: int | None = None
-    device: str = "auto"
-    threads: int = 0
-    name: str | None = None
-    outputs: str = "outputs"
-    data_root: str | None = None
-    force: bool = False
-    trusted_packages: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

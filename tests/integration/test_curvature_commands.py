@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from robustflat.apps.collect import rows_of_run
 from robustflat.apps.main import run_application
 from robustflat.store.results import ResultStore
-from tests.integration.conftest import TINY, Answer
+from tests.integration.conftest import Answer
 
 FEW = ("device=cpu", "examples='test[:16]'", "batch_size=8")
 ATTACK = ("attack.steps=2", "attack.restarts=1")
@@ -31,26 +30,6 @@ SMALL_EVALUATION = (
     "evaluation.measures.worst_clean.restarts=1",
     "evaluation.measures.worst_clean.steps=2",
 )
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """Run folder of a tiny training; tests work on copies."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *TINY])
-        GlobalHydra.instance().clear()
-        run_application("train")
-    (run,) = (p.parent for p in folder.glob("outputs/*/*/identity.yaml"))
-    return run
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    target = tmp_path / "outputs" / trained.parent.name / trained.name
-    shutil.copytree(trained, target)
-    return target
 
 
 @pytest.fixture
