@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from robustflat.attacks.duals import kth_largest, project_l1
-from robustflat.attacks.hunt import Pack, pick
+from robustflat.attacks.hunt import Pack
+from robustflat.attacks.judging import choose
 from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import normal, positive, uniform
 
@@ -44,7 +45,7 @@ class Ascent(Pack):
         """Take note of the value and gradient at a new point; `None`: the last point, which needs none."""
         better = value > self.best_value
         shape = (-1, *[1] * (point.ndim - 1))
-        self.best_point = pick(better, point, self.best_point)
+        self.best_point = choose(better, point, self.best_point)
         self.best_value = torch.where(better, value, self.best_value)
         if grad is not None:
             self.best_grad = torch.where(better.view(shape), grad, self.best_grad)

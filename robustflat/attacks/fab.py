@@ -23,10 +23,9 @@ from robustflat.attacks.hunt import (
     begin,
     first_of_each,
     nothing_hunted,
-    pick,
 )
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, judge, require_values
+from robustflat.attacks.judging import choose, held_still, judge, require_values
 from robustflat.attacks.objectives import labels_of, margin, predicted_wrong
 from robustflat.errors import require_range
 from robustflat.geometry.input_ball import InputBall
@@ -235,7 +234,7 @@ class Fab:
         """Keep a misclassified point that is nearer than those before."""
         distance = _norm((point - run.x).flatten(1), self.ball.norm)
         nearer = wrong & (distance < run.distance)
-        run.best = pick(nearer, point, run.best)
+        run.best = choose(nearer, point, run.best)
         run.distance = torch.where(nearer, distance, run.distance)
         if self.stop_when_fooled:
             run.catch(point, nearer & (distance <= self.ball.epsilon))

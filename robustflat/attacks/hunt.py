@@ -9,7 +9,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from robustflat.attacks.judging import held_still, improves, judge, nothing_found, select
+from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select
 from robustflat.attacks.objectives import predicted_wrong
 from robustflat.geometry.input_ball import InputBall
 from robustflat.models.precision import exact_float32
@@ -71,7 +71,7 @@ class Pack:
 
     def catch(self, point: Tensor, fooled: Tensor) -> None:
         """Remember `point` where it fools the model, bool (B,)."""
-        self.caught = pick(fooled, point, self.caught)
+        self.caught = choose(fooled, point, self.caught)
         self.fooled = self.fooled | fooled
 
 
@@ -148,12 +148,6 @@ def begin(
     clean = judge(forward, x, y, objective)
     fooled = clean.fooled.clone() if confirm is None else clean.fooled & confirm(x, y)
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)
-
-
-def pick(take: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Images `one` where take, bool (B,), holds, `other` elsewhere; as `judging.choose`, for finite values only."""
-    # With weights 0 and 1 lerp selects exactly; on a CPU torch.where takes more than twice as long.
-    return torch.lerp(other, one, take.to(other.dtype).view(-1, *[1] * (one.ndim - 1)))
 
 
 def first_of_each(rows: Tensor) -> Tensor:
