@@ -35,6 +35,7 @@ from robustflat.attacks.sanity import (
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import Explanation, unknown_cost
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
+from robustflat.models.fused import fused
 from robustflat.models.inference import rewrite
 from robustflat.models.precision import exact_float32
 from robustflat.ranks import workers
@@ -175,7 +176,7 @@ class AutoAttack:
     def _searched(self, module: nn.Module, x: Tensor) -> Forward:
         if self.search == "plain":
             return module
-        return rewrite(module, x[: min(len(x), 32)], precision=self.search)
+        return _search_copy(module, x, self.search)
 
     def _title(self, *, full: bool = False) -> str:
         names = ", ".join(self.names)
@@ -286,7 +287,12 @@ class AutoAttackSearch:
             return forward
         if not isinstance(forward, nn.Module):
             raise UserError(f"search={self.search} rewrites a model, but was given a plain function: use search=plain.")
-        return rewrite(forward, x[:32], precision=self.search)
+        return _search_copy(forward, x, self.search)
+
+
+def _search_copy(model: nn.Module, x: Tensor, precision: str) -> nn.Module:
+    few = x[:32]
+    return fused(rewrite(model, few, precision=precision), few)
 
 
 class _Function(nn.Module):

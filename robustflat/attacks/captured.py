@@ -12,7 +12,8 @@ from robustflat.attacks.inputs import check_labels_on_cpu
 from robustflat.attacks.judging import require_values
 from robustflat.attacks.objectives import OBJECTIVES, Targeted
 from robustflat.errors import UserError
-from robustflat.models.passes import count_instead
+from robustflat.models.fused import Fused
+from robustflat.models.passes import count_instead, count_pass
 from robustflat.types import Forward, Objective
 
 MOST = 4
@@ -84,15 +85,8 @@ class Captured(nn.Module):
         if kind not in self._graphs:
             self._graphs[kind] = _Graph(self.network, point, y, goal, self._record)
         found = self._graphs[kind](point, y)
-        self._count(point, found.logits)
+        count_pass(self, point, found.logits)
         return found
-
-    def _count(self, point: Tensor, logits: Tensor) -> None:
-        """Let whoever counts passes count a replay, which calls no hooks: forward, and a gradient of the output."""
-        for hook in self._forward_hooks.values():
-            output = logits.detach().requires_grad_()
-            hook(self, (point,), output)
-            torch.autograd.grad(output.view_as(output), output, logits)
 
 
 class _Graph:
@@ -138,11 +132,17 @@ def cuda_graph(work: Callable[[], Passed], device: torch.device) -> tuple[Passed
 
 
 def _passed(forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> Passed:
+    def valued(logits: Tensor) -> Tensor:
+        check_labels_on_cpu(logits, y)
+        value = goal(logits, y)
+        require_values(value, y)
+        return value
+
+    if isinstance(forward, Fused):
+        return Passed(*forward.with_gradient(point.detach(), valued))
     point = point.detach().requires_grad_()
     logits = forward(point)
-    check_labels_on_cpu(logits, y)
-    value = goal(logits, y)
-    require_values(value, y)
+    value = valued(logits)
     (grad,) = torch.autograd.grad(value.sum(), point)
     return Passed(logits.detach(), value.detach(), grad)
 

@@ -20,6 +20,7 @@ from robustflat.explanation import Explanation, explanation_of
 from robustflat.memory import MIB, MemoryBudget, budget_bytes, require_memory_budget
 from robustflat.models.chunks import bounded, bytes_per_image
 from robustflat.models.compiled import MODES, Compiled
+from robustflat.models.fused import fused
 from robustflat.models.inference import InferenceModel
 from robustflat.models.mirror import Mirror
 from robustflat.types import Attack, Forward, Found, Objective
@@ -94,7 +95,7 @@ class Searching:
         if copy is None:
             require_device(self.compile, x.device)
             mirror = Mirror(model, x[:EXAMPLES], precision=self.search)
-            copy = self._mirrors[model] = _Copy(mirror, _fast(mirror.copy, self.compile))
+            copy = self._mirrors[model] = _Copy(mirror, _fast(mirror.copy, self.compile, x[:EXAMPLES]))
         return copy
 
     def _bounded(self, measured: nn.Module, fast: nn.Module, x: Tensor) -> nn.Module:
@@ -124,9 +125,9 @@ class _Copy(NamedTuple):
     fast: nn.Module
 
 
-def _fast(copy: InferenceModel, compile: str) -> nn.Module:
+def _fast(copy: InferenceModel, compile: str, few: Tensor) -> nn.Module:
     if compile == "none":
-        return copy
+        return fused(copy, few)
     return Captured(copy) if compile == "graph" else Compiled(copy, mode=compile, backend="inductor")
 
 

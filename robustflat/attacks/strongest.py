@@ -13,6 +13,7 @@ from robustflat.attacks.objectives import cross_entropy
 from robustflat.errors import UserError, require_one_of
 from robustflat.memory import MemoryBudget, budget_bytes, require_memory_budget
 from robustflat.models.chunks import bounded, bytes_per_image
+from robustflat.models.fused import fused
 from robustflat.models.inference import PRECISIONS, rewrite
 from robustflat.models.mirror import Mirror
 from robustflat.models.precision import exact_float32
@@ -124,6 +125,7 @@ class SearchCopy:
         require_one_of("search", search, SEARCHES)
         self._model, self._search = model, search
         self._mirror: Mirror | None = None
+        self._fast = model
 
     def __call__(self, x: Tensor) -> nn.Module:
         """The model itself, or its copy for searching around images like x, at the weights of now.
@@ -137,7 +139,9 @@ class SearchCopy:
         with held_still(self._model):
             if self._mirror is None:
                 self._mirror = Mirror(self._model, x[:EXAMPLES], double=True)
-            return self._mirror.refreshed()
+                self._fast = fused(self._mirror.copy, x[:EXAMPLES])
+            self._mirror.refreshed()
+            return self._fast
 
 
 def search_model(model: nn.Module, x: Tensor, search: str) -> nn.Module:
@@ -168,4 +172,4 @@ def _rewritten(model: nn.Module, few: Tensor, precision: str) -> nn.Module:
         changed(few)
     except RuntimeError:
         return rewrite(model, few, precision=precision, channels_last=False)
-    return changed
+    return fused(changed, few)

@@ -1,0 +1,279 @@
+"""From a network's code to the steps of a fused network."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from robustflat.models.passes import PassCounter
+from robustflat.models.steps import Call, Calls, Convolution, Place, Step
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_RECTIFIERS = (torch.relu, torch.relu_, F.relu)
+_CHANGING = (operator.setitem, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul)
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
+
+
+class UntraceableError(Exception):
+    """A network whose code does not come out as a list of steps."""
+
+
+def traced(network: nn.Module, example: Tensor) -> tuple[list[Step], int]:
+    """Steps that compute what the network does, value 0 being the images; and how many numbers it computes per image.
+
+    Args:
+        network: images (B, C, H, W) -> logits (B, K), in eval mode.
+        example: a few images that it takes, in the type that it takes.
+
+    Raises:
+        UntraceableError: if its code branches on values, changes tensors in place that are used again, or has hooks on
+            parts that hold others.
+    """
+    network = _Images(network)
+    graph = _traced(network)
+    shapes = _Shapes(fx.GraphModule(network, graph))
+    with torch.no_grad():
+        shapes.run(example)
+    size = sum(shape.numel() for shape in shapes.found.values()) // len(example)
+    return _Plan(network, graph, shapes.found).steps(), size
+
+
+class _Images(nn.Module):
+    """The network as a function of images alone, whatever options it takes besides."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
+
+
+class _Tracer(fx.Tracer):
+    """Looks into every module that has others inside."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return next(m.children(), None) is None
+
+
+def _traced(network: nn.Module) -> fx.Graph:
+    try:
+        graph = _Tracer().trace(network)
+    except Exception as error:  # whatever the network's code raises when it is given no numbers
+        raise UntraceableError(str(error)) from error
+    for module in network.modules():
+        if next(module.children(), None) is not None and _has_hooks(module):
+            raise UntraceableError("hooks")
+    for node in list(graph.nodes):
+        if node.op == "call_module" and type(network.get_submodule(node.target)) in _NOTHING:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in graph.nodes:
+        _require_harmless(network, node)
+    return graph
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shapes of all values."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = result.shape
+        return result
+
+
+class _Plan:
+    """Which nodes become one step, in which order.
+
+    Args:
+        network: that the graph calls.
+        graph: harmless calls.
+        shapes: of all tensors.
+    """
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, torch.Size]) -> None:
+        self._network, self._shapes = network, shapes
+        self._nodes = [node for node in graph.nodes if node.op != "output"]
+        self._numbers = {node: number for number, node in enumerate(self._nodes)}
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        self._result = output.args[0]
+        if self._result not in self._shapes or [n.op for n in self._nodes].count("placeholder") != 1:
+            raise UntraceableError("not images -> logits")
+        self._chains = self._found_chains()
+
+    def steps(self) -> list[Step]:
+        """In an order in which they can run.
+
+        Raises:
+            UntraceableError: if there is no convolution.
+        """
+        if not self._chains:
+            raise UntraceableError("no convolution")
+        ends = {chain[-1]: chain for chain in self._chains}
+        inner = {node for chain in self._chains for node in chain}
+        steps: list[Step] = []
+        row: list[fx.Node] = []
+        for node in self._nodes:
+            if node in ends:
+                steps += [*self._calls(row), self._convolution(ends[node])]
+                row = []
+            elif node not in inner and node.op != "placeholder":
+                row.append(node)
+        return _early([*steps, *self._calls(row)])
+
+    def _found_chains(self) -> list[tuple[fx.Node, ...]]:
+        """Each a convolution with the addition and the ReLU that only it leads to; large ones choose first."""
+        convolutions = [node for node in self._nodes if self._is_convolution(node)]
+        taken: set[fx.Node] = set()
+        chains: list[tuple[fx.Node, ...]] = []
+        for node in sorted(convolutions, key=lambda n: -_count(self._layer(n))):
+            chain: tuple[fx.Node, ...] = (node,)
+            for fits in (self._is_addition, self._is_rectifier):
+                (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
+                if user is not None and user not in taken and fits(user):
+                    chain += (user,)
+            taken |= {*chain}
+            chains.append(chain)
+        return chains
+
+    def _layer(self, node: fx.Node) -> nn.Module:
+        return self._network.get_submodule(str(node.target))
+
+    def _is_convolution(self, node: fx.Node) -> bool:
+        if node.op != "call_module" or type(self._layer(node)) is not nn.Conv2d or node.kwargs:
+            return False
+        layer = self._layer(node)
+        zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return zeros and not _has_hooks(layer) and len(self._shapes[node]) == 4
+
+    def _is_addition(self, node: fx.Node) -> bool:
+        method = node.op == "call_method" and node.target in ("add", "add_")
+        if not (method or (node.op == "call_function" and node.target in _ADDITIONS)) or node.kwargs:
+            return False
+        first, second = node.args
+        alike = all(self._shapes.get(part) == self._shapes[node] for part in (first, second))  # type: ignore[arg-type]
+        return alike and first is not second
+
+    def _is_rectifier(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self._layer(node)) is nn.ReLU and not _has_hooks(self._layer(node))
+        if node.op == "call_method":
+            return node.target in ("relu", "relu_")
+        return node.op == "call_function" and node.target in _RECTIFIERS
+
+    def _convolution(self, chain: tuple[fx.Node, ...]) -> Step:
+        layer, source = self._layer(chain[0]), chain[0].args[0]
+        assert isinstance(layer, nn.Conv2d)
+        assert isinstance(source, fx.Node)
+        added = next((node for node in chain if self._is_addition(node)), None)
+        others = [] if added is None else [part for part in added.args if part is not chain[0]]
+        makers = [end for end in (c[-1] for c in self._chains) if end in others and not self._is_rectifier(end)]
+        return Convolution(
+            layer,
+            self._numbers[source],
+            self._numbers[chain[-1]],
+            other=self._numbers[others[0]] if others else None,
+            overwrite=any(len(end.users) == 1 for end in makers),
+            rectified=self._is_rectifier(chain[-1]),
+        )
+
+    def _calls(self, row: list[fx.Node]) -> list[Step]:
+        if not row:
+            return []
+        inside = set(row)
+        sources = dict.fromkeys(part for node in row for part in node.all_input_nodes if part not in inside)
+        targets = [n for n in row if n is self._result or any(user not in inside for user in n.users)]
+        calls = [call for node in row for call in self._call(node, inside)]
+        numbers = self._numbers
+        return [Calls(calls, [numbers[n] for n in sources], [numbers[n] for n in targets])] if targets else []
+
+    def _call(self, node: fx.Node, inside: set[fx.Node]) -> list[Call]:
+        arguments: tuple[Any, ...] = fx.node.map_arg(node.args, self._place)
+        keywords: Any = fx.node.map_arg(node.kwargs, self._place)
+        number = self._numbers[node]
+        if node.op == "get_attr":
+            return [Call(operator.attrgetter(str(node.target)), [self._network], {}, number)]
+        if _in_place(self._network, node) and node.args[0] not in inside:
+            arguments = (Place(number), *arguments[1:])
+            return [Call(torch.clone, [self._place(node.args[0])], {}, number), self._called(node, arguments, keywords)]
+        return [self._called(node, arguments, keywords)]
+
+    def _called(self, node: fx.Node, arguments: Any, keywords: Any) -> Call:
+        function: Callable[..., Any]
+        if node.op == "call_module":
+            function = self._layer(node)
+        elif node.op == "call_method":
+            function = _Method(str(node.target))
+        else:
+            assert callable(node.target)
+            function = torch.add if node.target is operator.iadd else node.target
+        return Call(function, arguments, keywords, self._numbers[node])
+
+    def _place(self, node: Any) -> Place:
+        return Place(self._numbers[node])
+
+
+class _Method:
+    """Calls a method of its first argument."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, value: Any, *arguments: Any, **keywords: Any) -> Any:
+        return getattr(value, self._name)(*arguments, **keywords)
+
+
+def _early(steps: list[Step]) -> list[Step]:
+    """Strided 1x1 convolutions right after their input is there.
+
+    Going backwards they come last, and add to a gradient that is there already where they have pixels.
+    """
+    result: list[Step] = []
+    for step in steps:
+        if isinstance(step, Convolution) and step.is_sparse:
+            made = [i for i, earlier in enumerate(result) if step.sources[0] in earlier.targets]
+            result.insert(made[-1] + 1 if made else 0, step)
+        else:
+            result.append(step)
+    return result
+
+
+def _count(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
+
+
+def _require_harmless(network: nn.Module, node: fx.Node) -> None:
+    """Refuse what changes tensors that others read.
+
+    Raises:
+        UntraceableError: naming the node.
+    """
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_function" and ("out" in node.kwargs or node.target in _CHANGING):
+        raise UntraceableError(name)
+    if node.op.startswith("call_") and _in_place(network, node) and len(node.args[0].users) > 1:  # type: ignore[union-attr]
+        raise UntraceableError(name)
+
+
+def _in_place(network: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    changing = name.endswith("_") and not name.endswith("__")
+    return changing or node.target is operator.iadd or bool(node.kwargs.get("inplace", False))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    return any(not isinstance(getattr(hook, "__self__", None), PassCounter) for hook in hooks)
