@@ -122,7 +122,7 @@ class Fab:
 
         Returns:
             Found: the nearest misclassified image where it lies in the ball. Elsewhere that image brought into
-            the ball, or x, whichever has the larger objective (default: margin).
+            the ball, if it still fools the model or has a larger objective (default: margin) than x, else x.
 
         Raises:
             UserError: if x or y have the wrong shape or type, or the model cannot be differentiated.
@@ -150,8 +150,7 @@ class Fab:
             closest = self._search(forward, x, y, record, generator)
             near = self.ball.project(closest.x_adv, x)
             new = judge(forward, near, y, goal)
-            inside = closest.distance <= self.ball.epsilon
-            fooled = new.fooled & inside if confirm is None else new.fooled & confirm(near, y)
+            fooled = new.fooled if confirm is None else new.fooled & confirm(near, y)
             rows = (~record.found.fooled).nonzero().flatten()
             record.offer(rows, Found(near[rows], new.value[rows], fooled[rows]), "fooled")
             return record.result(forward, goal)

@@ -86,6 +86,24 @@ def test_what_cannot_be_broken_ends_in_the_ball_and_not_below_its_start() -> Non
     assert bool((found.value >= margin(model(x), y)).all())
 
 
+def test_an_image_that_fools_the_model_only_once_brought_into_the_ball_counts() -> None:
+    """Few steps end far outside; on a curved boundary the point on the way back may be misclassified, too."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.Tanh(), nn.Linear(30, 4)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    x = torch.rand(200, *SHAPE)
+    y = model(x).argmax(1)
+    for ball in BALLS:
+        attack = Fab(ball, steps=1)
+        outside = attack.closest(model, x, y).distance > ball.epsilon
+        found = attack(model, x, y)
+        assert bool((outside & found.fooled).any())
+        assert torch.equal(found.fooled, model(found.x_adv).argmax(1) != y)
+        assert bool((ball.size(found.x_adv, x) <= ball.epsilon * (1 + 1e-5)).all())
+
+
 def test_restarts_never_move_the_nearest_point_away() -> None:
     torch.manual_seed(4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4)).eval()
