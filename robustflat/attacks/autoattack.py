@@ -20,7 +20,7 @@ from robustflat.attacks.ensemble_result import AutoAttackResult, Tally
 from robustflat.attacks.examples import Array, batches_for, require_answers
 from robustflat.attacks.hunt import PlainJudge
 from robustflat.attacks.inputs import check_images, check_shapes
-from robustflat.attacks.judging import held_still, judge, nothing_found
+from robustflat.attacks.judging import held_still, judge, nothing_found, succeeded
 from robustflat.attacks.objectives import cross_entropy, labels_of
 from robustflat.attacks.sanity import (
     Finding,
@@ -29,7 +29,6 @@ from robustflat.attacks.sanity import (
     check_model,
     check_range,
     check_verified,
-    finite_and_wrong,
     report,
 )
 from robustflat.errors import UserError, require_one_of, require_range
@@ -125,7 +124,7 @@ class AutoAttack:
         with held_still(module):
             plain = MeanOf(module, EOT) if self.version == "rand" else module
             logits = self._clean(plain, x, y)
-            correct = finite_and_wrong(logits, y).logical_not()
+            correct = ~succeeded(logits, y)
             store = None
             if progress is not None:
                 about = fingerprint(self._title(full=True), module, x, y, logits)

@@ -26,13 +26,12 @@ from robustflat.attacks.apgd_steps import (
 from robustflat.attacks.apgd_turns import Turns
 from robustflat.attacks.hunt import FILL, LOOK_EVERY, Confirm, Hunted, Record, begin, nothing_hunted
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, judge, require_values
+from robustflat.attacks.judging import held_still, judge, require_values, succeeded
 from robustflat.attacks.objectives import (
     dlr,
     labels_of,
     margin,
     objective_by_name,
-    predicted_wrong,
     with_target,
 )
 from robustflat.errors import UserError, require_range
@@ -268,7 +267,7 @@ class _Search:
             answers = [self._pass(point, y, grad) for _ in range(passes)]
         values, probabilities, slopes = zip(*answers, strict=True)
         mean = probabilities[0] if passes == 1 else torch.stack(probabilities).softmax(dim=2).mean(dim=0)
-        fooled = predicted_wrong(mean, y) & mean.isfinite().all(dim=1)
+        fooled = succeeded(mean, y)
         value = torch.stack(values).mean(dim=0).nan_to_num(nan=-torch.inf)
         slope = sum(slopes[1:], slopes[0]) if grad else None
         return value, fooled, slope

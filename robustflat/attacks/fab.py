@@ -25,8 +25,8 @@ from robustflat.attacks.hunt import (
     nothing_hunted,
 )
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import choose, held_still, judge, require_values
-from robustflat.attacks.objectives import labels_of, margin, predicted_wrong
+from robustflat.attacks.judging import choose, held_still, judge, require_values, succeeded
+from robustflat.attacks.objectives import labels_of, margin
 from robustflat.errors import require_range
 from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import normal, positive, uniform
@@ -199,7 +199,7 @@ class Fab:
             value, slope = nearest_boundary(forward, run.point, run.y, run.classes, self.ball.norm)
             run.point = self._step(run, value, slope)
             with torch.no_grad():
-                wrong = predicted_wrong(forward(run.point), run.y)
+                wrong = succeeded(forward(run.point), run.y)
             self._note(run, run.point, wrong)
             kept = torch.where(wrong, self.beta, 1.0).to(run.point.dtype)
             run.point = torch.lerp(run.x, run.point, kept.view(-1, *[1] * (run.point.ndim - 1)))
@@ -249,7 +249,7 @@ class Fab:
             share = inner + (outer - inner) * (at_inner / (at_inner - at_outer).clamp_max(-1e-12)).clamp(0, 1)
             point = torch.lerp(run.x, start, share.view(shape))
             logits = forward(point)
-            wrong, value = predicted_wrong(logits, run.y), margin(logits, run.y).to(inner.dtype)
+            wrong, value = succeeded(logits, run.y), margin(logits, run.y).to(inner.dtype)
             self._note(run, point, wrong & run.distance.isfinite())
             outer, at_outer = torch.where(wrong, share, outer), torch.where(wrong, value, at_outer)
             inner, at_inner = torch.where(wrong, inner, share), torch.where(wrong, at_inner, value)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, nothing_found, require_values, select
-from robustflat.attacks.objectives import margin, objective_by_name, predicted_wrong
+from robustflat.attacks.judging import held_still, nothing_found, require_values, select, succeeded
+from robustflat.attacks.objectives import margin, objective_by_name
 from robustflat.errors import require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall, L2Ball
@@ -108,16 +108,17 @@ class Fmn:
             point = point.detach()
             with torch.no_grad():
                 found_before = memory.has_adversarial()
-                size = memory.see(Found(point, objective(logits, y), predicted_wrong(logits, y)))
+                fooled = succeeded(logits, y)
+                size = memory.see(Found(point, objective(logits, y), fooled))
                 linear = size - height.detach().to(size.dtype) / _dual_norm(grad, self.ball.norm)
                 outside = torch.where(found_before, radius, linear) * (1 + gamma)
                 inside = torch.minimum(radius * (1 - gamma), memory.smallest)
-                radius = torch.where(predicted_wrong(logits, y), inside, outside)
+                radius = torch.where(fooled, inside, outside)
                 moved = point + length * _UNIT_L2.steepest(grad) - x
                 point = (x + within(moved, radius, self.ball.norm)).clamp(self.ball.low, self.ball.high)
         with torch.no_grad():
             logits = forward(point)
-            memory.see(Found(point, objective(logits, y), predicted_wrong(logits, y)))
+            memory.see(Found(point, objective(logits, y), succeeded(logits, y)))
         return memory.result()
 
 

@@ -9,8 +9,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select
-from robustflat.attacks.objectives import predicted_wrong
+from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select, succeeded
 from robustflat.geometry.input_ball import InputBall
 from robustflat.models.precision import exact_float32
 from robustflat.types import Forward, Found, Objective
@@ -47,7 +46,7 @@ class PlainJudge:
         """Bool (B,) for images (B, C, H, W) and labels y."""
         with held_still(self.model), exact_float32(x_adv.device):
             logits = self.model(x_adv)
-        return predicted_wrong(logits, y) & logits.isfinite().all(dim=1)
+        return succeeded(logits, y)
 
 
 @dataclass

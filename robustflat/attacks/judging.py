@@ -44,7 +44,7 @@ def maximised(objective: Objective, targeted: bool) -> Objective:
     return Targeted(objective) if targeted else objective
 
 
-def succeeded(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
+def succeeded(logits: Tensor, y: Tensor, targeted: bool = False) -> Tensor:
     """Whether an attack reached its end, bool (B,): another class than y, or y itself if that is the target.
 
     Logits that are not finite are no success.

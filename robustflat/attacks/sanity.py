@@ -277,8 +277,3 @@ def _zero_gradients(model: Forward, x: Tensor, y: Tensor, objective: Objective, 
     zero = len(x) if slope is None else int((slope.flatten(1) == 0).all(dim=1).sum())
     text = f"{zero} of {len(x)} examples have a gradient of zero"
     return _expect(f"gradients of the {name}", zero <= tolerated * len(x), text, text)
-
-
-def finite_and_wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether finite logits (N, K) are wrong for labels (N,): not-a-number breaks nothing."""
-    return predicted_wrong(logits, y) & logits.isfinite().all(dim=1)

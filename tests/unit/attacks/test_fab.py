@@ -139,12 +139,30 @@ def test_one_seed_gives_one_result() -> None:
 
 
 def test_models_without_gradient_or_numbers_are_not_broken() -> None:
-    x, y = images(), torch.zeros(6, dtype=torch.int64)
-    for factor in (0.0, torch.nan):
+    x = images()
+    for factor, label in ((0.0, 0), (torch.nan, 1)):  # the largest logit is then the first
+        y = torch.full((6,), label)
         found = Fab(LinfBall(0.1), steps=3)(lambda v, f=factor: v.flatten(1)[:, :3] * f, x, y, generator=seeded())
         assert bool(found.x_adv.isfinite().all())
-        if factor == 0.0:
-            assert not bool(found.fooled.any())
+        assert not bool(found.fooled.any())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_logits_that_are_not_numbers_are_no_boundary(stop: bool) -> None:
+    """A plane with a gap of not-a-number around it: the first step over the plane ends in the gap."""
+    slope = torch.randn(16, generator=seeded(2))
+
+    def forward(v: Tensor) -> Tensor:
+        height = (v.flatten(1) - 0.5) @ slope
+        return torch.stack([-height, height], dim=1).masked_fill((height.abs() < 0.1).unsqueeze(1), torch.nan)
+
+    x = (0.5 + 0.08 * slope.sign()).expand(3, -1).reshape(3, *SHAPE)
+    y = torch.ones(3, dtype=torch.int64)
+    attack = Fab(LinfBall(0.2), steps=5, stop_when_fooled=stop)
+    found = attack(forward, x, y, generator=seeded())
+    assert torch.equal(found.fooled, forward(found.x_adv)[:, 0] > forward(found.x_adv)[:, 1])
+    closest = attack.closest(forward, x, y, seeded())
+    assert bool(forward(closest.x_adv).isfinite().all())
 
 
 def test_an_empty_batch_gives_an_empty_result() -> None:
