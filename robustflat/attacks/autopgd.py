@@ -25,7 +25,7 @@ from robustflat.attacks.apgd_steps import (
 )
 from robustflat.attacks.apgd_turns import Turns
 from robustflat.attacks.hunt import FILL, LOOK_EVERY, Confirm, Hunted, Record, begin, nothing_hunted
-from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.inputs import check_labels_on_cpu, check_shapes
 from robustflat.attacks.judging import held_still, judge, require_values, succeeded
 from robustflat.attacks.objectives import (
     dlr,
@@ -295,11 +295,12 @@ def wrong_classes(forward: Forward, x: Tensor, y: Tensor, count: int) -> Tensor:
     """The `count` most probable classes but for the label, at most K - 1, int64 (B, count); likeliest first.
 
     Raises:
-        UserError: for a model of one class.
+        UserError: for a model of one class; on the CPU also for labels that are no class.
     """
     with torch.no_grad():
         logits = forward(x)
+    check_labels_on_cpu(logits, y)
     if logits.shape[1] < 2:
-        raise UserError(f"a target needs a class beside the label, but the model has {logits.shape[1]} class.")
+        raise UserError(f"a search towards a class needs a model of at least 2 classes, got {logits.shape[1]}.")
     others = logits.scatter(1, labels_of(y)[:, None], -torch.inf)
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
 from robustflat.attacks.judging import held_still, nothing_found, require_values, select, succeeded
 from robustflat.attacks.objectives import margin, objective_by_name
 from robustflat.errors import require_range
@@ -80,6 +80,7 @@ class Fmn:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             return self._search(forward, x, y, objective or self.objective)
@@ -102,6 +103,7 @@ class Fmn:
             gamma, length = (_cosine(*ends, step, self.steps) for ends in (self.gammas, self.step_sizes))
             point = point.detach().requires_grad_()
             logits = forward(point)
+            check_labels_on_cpu(logits, y)
             height = margin(logits, y)
             require_values(height, y)
             (grad,) = torch.autograd.grad(height.sum(), point)

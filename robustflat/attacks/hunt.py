@@ -9,6 +9,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from robustflat.attacks.inputs import check_box_on_cpu
 from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select, succeeded
 from robustflat.geometry.input_ball import InputBall
 from robustflat.models.precision import exact_float32
@@ -143,7 +144,12 @@ class Record:
 def begin(
     forward: Forward, x: Tensor, y: Tensor, ball: InputBall, objective: Objective, confirm: Confirm | None
 ) -> Record:
-    """Record of a search that starts at x: one forward pass."""
+    """Record of a search that starts at x: one forward pass.
+
+    Raises:
+        UserError: on the CPU, for images outside the box and labels that are no class.
+    """
+    check_box_on_cpu(x, ball.low, ball.high)
     clean = judge(forward, x, y, objective)
     fooled = clean.fooled.clone() if confirm is None else clean.fooled & confirm(x, y)
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)

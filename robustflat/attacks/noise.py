@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
 from robustflat.attacks.judging import (
     held_still,
     improves,
@@ -62,6 +62,7 @@ class RandomNoise:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         with held_still(forward):
             best: Found | None = None
             for _ in range(self.trials):
@@ -133,11 +134,14 @@ class NFgsm:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         objective = objective or self.objective
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             noisy = self._noisy(x, generator).requires_grad_()
-            value = objective(forward(noisy), y)
+            logits = forward(noisy)
+            check_labels_on_cpu(logits, y)
+            value = objective(logits, y)
             require_values(value, y)
             (grad,) = torch.autograd.grad(value.sum(), noisy)
             moved = (noisy.detach() + self.step_size * grad.sign()).clamp(self.ball.low, self.ball.high)
