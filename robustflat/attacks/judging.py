@@ -105,8 +105,8 @@ def select(take: Tensor, one: Found, other: Found) -> Found:
 
 
 def improves(new: Found, old: Found, keep: str) -> Tensor:
-    """Whether `new` replaces `old`, bool (B,), by the rule `keep`; ties keep the old one."""
-    larger = new.value > old.value
+    """Whether `new` replaces `old`, bool (B,), by the rule `keep`; ties keep the old one, not-a-number never stays."""
+    larger = (new.value > old.value) | (old.value.isnan() & ~new.value.isnan())
     if keep == "last":
         return torch.ones_like(larger)
     if keep == "fooled":
