@@ -6,6 +6,7 @@ attacks", ICML 2020; L1 after "Mind the box", ICML 2021.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -118,9 +119,7 @@ class AutoAttack:
             CheckpointError: if `progress` belongs to another evaluation, or is damaged.
         """
         module = model if isinstance(model, nn.Module) else _Function(model, images)
-        count = len(images)
-        (batch,) = batches_for(module, images, labels, batch_size=max(count, 1))
-        x, y = batch
+        ((x, y),) = batches_for(module, images, labels, batch_size=sys.maxsize)
         with held_still(module):
             plain = MeanOf(module, EOT) if self.version == "rand" else module
             logits = self._clean(plain, x, y)
