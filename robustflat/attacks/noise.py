@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
-from robustflat.rng import drawn_for_batch
+from robustflat.geometry.numerics import normal, uniform
 from robustflat.types import Forward, Found, Objective
 
 
@@ -86,9 +84,7 @@ class RandomNoise:
     def _draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.kind == "uniform":
             return self.ball.sample(x, generator)
-        device = x.device if generator is None else generator.device
-        draw = partial(torch.randn, generator=generator, dtype=x.dtype, device=device)
-        noise = drawn_for_batch(draw, x.shape).to(x.device)
+        noise = normal(x.shape, x, generator).to(x.dtype)
         size = self.ball.size(noise, torch.zeros_like(x)).view(-1, 1, 1, 1).to(x.dtype)
         return self.ball.project(x + self.ball.epsilon / size * noise, x)
 
@@ -161,8 +157,6 @@ class NFgsm:
         return Explanation(formula, "de Jorge et al., NeurIPS 2022", FORWARD + INPUT_BACKWARD + FORWARD)
 
     def _noisy(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        device = x.device if generator is None else generator.device
-        draw = partial(torch.rand, generator=generator, dtype=x.dtype, device=device)
-        unit = drawn_for_batch(draw, x.shape).to(x.device)
+        unit = uniform(x.shape, x, generator).to(x.dtype)
         noise = self.noise_factor * self.ball.epsilon * (2 * unit - 1)
         return (x + noise).clamp(self.ball.low, self.ball.high)
