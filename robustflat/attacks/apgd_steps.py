@@ -85,7 +85,7 @@ class DenseSteps:
     Args:
         ball: the allowed images.
         steps: length of the run, which fixes the checks.
-        rho: share of raising steps below which a step is halved.
+        rho: share of raising steps up to which a step is halved.
     """
 
     def __init__(self, ball: InputBall, *, steps: int, rho: float) -> None:

@@ -54,8 +54,8 @@ class AutoAttack:
     Versions: "standard" is APGD-CE, targeted APGD-DLR, targeted FAB (one run for each of 9 targets, 100 steps each)
     and Square (5,000 queries); "plus" adds untargeted APGD-DLR and FAB, with 5 restarts, and 5 restarts of APGD-CE;
     "rand", for models that draw random numbers, is APGD-CE and APGD-DLR with every step and every judgement an
-    average of 20 passes; "custom" runs the `attacks` named. In L1, APGD first searches larger balls; the authors' own
-    "standard" for L1 runs APGD-CE 5 times and targeted APGD towards 5 classes, where this one does so once and towards 9. With K < 10
+    average of 20 passes; "custom" runs the `attacks` named. In L1, APGD first searches larger balls; the authors'
+    "standard" for L1 runs APGD-CE 5 times and targeted APGD towards 5 classes, ours once and towards 9. With K < 10
     classes there are K - 1 targets; the DLR loss with 3 classes leaves out the fourth logit, with 2 it is the
     margin, undivided (see `objectives`).
 

@@ -43,7 +43,7 @@ class AutoPgd:
     """Projected gradient ascent with momentum 0.75 that halves its step where it stops making progress.
 
     Steps are checked after 22 % of all, then at intervals that shrink by 3 % down to 6 % of all. At a check an
-    example's step is halved, and its search goes back to its best point, if fewer than a share `rho` of the steps
+    example's step is halved, and its search goes back to its best point, if no more than a share `rho` of the steps
     since the last check raised its objective, or if neither step nor best value changed since. The first step is
     2 epsilon long (L1: epsilon).
 
@@ -61,14 +61,15 @@ class AutoPgd:
         objective: what is maximised where the call gives no objective, by its name in `objectives`.
             "dlr_targeted" and "margin_to_target" search towards single classes, one run for each.
         targets: number of target classes for a targeted objective: the most probable wrong ones, at most K - 1.
-        rho: share of raising steps below which the step is halved, in (0, 1).
+        rho: share of raising steps up to which the step is halved, in (0, 1).
         eot: forward and backward passes that are averaged for every step, for models that draw random numbers
             (expectation over transformations). An example is then fooled if its mean probabilities are wrong.
         wide_start: search balls of 3 and 2 epsilon first, for 30 % of the steps each (recommended for L1).
-        stop_when_fooled: an example leaves the search at its first misclassified point, which is its result.
-            Several times faster where most examples are broken, and the same verdicts; but the objective there is
-            not the largest possible. Otherwise the result is the point with the largest objective of all runs
-            (for targeted ones a misclassified point first, then by margin).
+        stop_when_fooled: an example leaves the search soon after it is misclassified (every 5 steps the search
+            looks which are); its result is the last misclassified point. Several times faster where most examples
+            are broken, and the same verdicts; but the objective there is not the largest possible. Otherwise the
+            result is the point with the largest objective of all runs (for targeted ones a misclassified point
+            first, then by margin).
 
     Raises:
         UserError: if a number is out of range or a name unknown.

@@ -49,7 +49,7 @@ class Square:
         p_init: share of the pixels in the first window, in (0, 1].
         restarts: runs, >= 1.
         objective: what is maximised where the call gives no objective; a name of `objectives.OBJECTIVES`.
-        stop_when_fooled: an example leaves the search at its first misclassified point.
+        stop_when_fooled: an example leaves the search soon after it is misclassified, at most 10 queries later.
         fill: images that proposals tried ahead may fill a forward pass to, >= 1; 1 tries none ahead (as for a
             model whose queries cost something).
 
@@ -91,7 +91,7 @@ class Square:
         """Search around images x (B, C, H, W) in [0, 1] with labels y.
 
         Returns:
-            Found: the image with the largest objective, or the first misclassified one if `stop_when_fooled`.
+            Found: the image with the largest objective, or a misclassified one if `stop_when_fooled`.
 
         Raises:
             UserError: if x or y have the wrong shape or type.
