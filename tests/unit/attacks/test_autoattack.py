@@ -15,6 +15,7 @@ from robustflat.attacks.autoattack import AutoAttack, AutoAttackSearch
 from robustflat.attacks.autopgd import AutoPgd
 from robustflat.attacks.ensemble import ATTACKS, Counted, attack_names, member
 from robustflat.attacks.ensemble_result import wilson
+from robustflat.attacks.fab import Fab
 from robustflat.attacks.objectives import cross_entropy
 from robustflat.attacks.square import Square
 from robustflat.errors import CheckpointError, UserError
@@ -294,6 +295,12 @@ def test_versions_have_the_published_members() -> None:
     several = member("apgd-ce", ball, version="plus")
     assert isinstance(several, AutoPgd)
     assert several.restarts == 5
+    for version, restarts in (("standard", 1), ("plus", 5)):
+        boundary, aimed = (member(name, ball, version=version) for name in ("fab", "fab-t"))
+        assert isinstance(boundary, Fab)
+        assert isinstance(aimed, Fab)
+        assert (boundary.targets, boundary.restarts, boundary.steps) == (None, restarts, 100)
+        assert (aimed.targets, aimed.restarts, aimed.steps) == (9, 1, 100)
     averaged = member("apgd-dlr", ball, version="rand")
     assert isinstance(averaged, AutoPgd)
     assert averaged.eot == 20
