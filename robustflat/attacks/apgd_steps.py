@@ -38,7 +38,7 @@ class Ascent(Pack):
     rises: Tensor  # steps since the last check that raised the value
     best_at_check: Tensor
     halved: Tensor  # whether the last check changed the step
-    share: Tensor  # L1: share of pixels that a step moves
+    moves: Tensor  # L1: number of pixels that a step moves, rounded down
     support: Tensor  # L1: number of pixels changed at the best point, at the last check
 
     def arrive(self, point: Tensor, value: Tensor, grad: Tensor | None) -> None:
@@ -85,7 +85,7 @@ class DenseSteps:
     Args:
         ball: the allowed images.
         steps: length of the run, which fixes the checks.
-        rho: share of raising steps below which a step is halved.
+        rho: share of raising steps up to which a step is halved.
     """
 
     def __init__(self, ball: InputBall, *, steps: int, rho: float) -> None:
@@ -151,7 +151,7 @@ class SparseSteps:
         """Equal steps, of L1 norm `step` together, of the share of pixels with the largest gradients."""
         flat = run.grad.flatten(1)
         size = flat.abs()
-        count = (run.share * size.shape[1]).clamp(1, size.shape[1])
+        count = run.moves.clamp(1, size.shape[1])
         large = torch.ge(size, kth_largest(size, count), out=torch.empty_like(size))
         direction = flat.sign().mul_(large)
         moving = direction.abs().sum(dim=1, keepdim=True).clamp_min(1)
@@ -163,7 +163,7 @@ class SparseSteps:
             return
         support = changed_pixels(run.best_point, run.x)
         sparser = support < 0.95 * run.support
-        run.share = support / run.x[0].numel() / _SPARSER
+        run.moves = support / _SPARSER
         shorter = (run.step / _SPARSER).clamp_min(self.first_step / _LONGEST_TO_SHORTEST)
         run.step = torch.where(sparser.unsqueeze(1), self.first_step, shorter)
         run.support = support
@@ -242,7 +242,7 @@ def depart(
         rises=torch.zeros_like(value),
         best_at_check=value,
         halved=torch.ones_like(value, dtype=torch.bool),
-        share=torch.full_like(support, _FIRST_SHARE),
+        moves=torch.full_like(support, _FIRST_SHARE * pixels),
         support=torch.full_like(support, pixels),
     )
 
@@ -250,4 +250,4 @@ def depart(
 def follow_sparsity(run: Ascent) -> None:
     """Begin with the sparsity that the point has, where it comes from an earlier run and not from noise."""
     run.support = changed_pixels(run.point, run.x)
-    run.share = run.support / run.x[0].numel() / _SPARSER
+    run.moves = run.support / _SPARSER

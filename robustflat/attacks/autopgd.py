@@ -25,14 +25,13 @@ from robustflat.attacks.apgd_steps import (
 )
 from robustflat.attacks.apgd_turns import Turns
 from robustflat.attacks.hunt import FILL, LOOK_EVERY, Confirm, Hunted, Record, begin, nothing_hunted
-from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, judge, require_values
+from robustflat.attacks.inputs import check_labels_on_cpu, check_shapes
+from robustflat.attacks.judging import held_still, judge, require_values, succeeded
 from robustflat.attacks.objectives import (
     dlr,
     labels_of,
     margin,
     objective_by_name,
-    predicted_wrong,
     with_target,
 )
 from robustflat.errors import UserError, require_range
@@ -44,7 +43,7 @@ class AutoPgd:
     """Projected gradient ascent with momentum 0.75 that halves its step where it stops making progress.
 
     Steps are checked after 22 % of all, then at intervals that shrink by 3 % down to 6 % of all. At a check an
-    example's step is halved, and its search goes back to its best point, if fewer than a share `rho` of the steps
+    example's step is halved, and its search goes back to its best point, if no more than a share `rho` of the steps
     since the last check raised its objective, or if neither step nor best value changed since. The first step is
     2 epsilon long (L1: epsilon).
 
@@ -62,14 +61,15 @@ class AutoPgd:
         objective: what is maximised where the call gives no objective, by its name in `objectives`.
             "dlr_targeted" and "margin_to_target" search towards single classes, one run for each.
         targets: number of target classes for a targeted objective: the most probable wrong ones, at most K - 1.
-        rho: share of raising steps below which the step is halved, in (0, 1).
+        rho: share of raising steps up to which the step is halved, in (0, 1).
         eot: forward and backward passes that are averaged for every step, for models that draw random numbers
             (expectation over transformations). An example is then fooled if its mean probabilities are wrong.
         wide_start: search balls of 3 and 2 epsilon first, for 30 % of the steps each (recommended for L1).
-        stop_when_fooled: an example leaves the search at its first misclassified point, which is its result.
-            Several times faster where most examples are broken, and the same verdicts; but the objective there is
-            not the largest possible. Otherwise the result is the point with the largest objective of all runs
-            (for targeted ones a misclassified point first, then by margin).
+        stop_when_fooled: an example leaves the search soon after it is misclassified (every 5 steps the search
+            looks which are); its result is the last misclassified point. Several times faster where most examples
+            are broken, and the same verdicts; but the objective there is not the largest possible. Otherwise the
+            result is the point with the largest objective of all runs (for targeted ones a misclassified point
+            first, then by margin).
 
     Raises:
         UserError: if a number is out of range or a name unknown.
@@ -268,7 +268,7 @@ class _Search:
             answers = [self._pass(point, y, grad) for _ in range(passes)]
         values, probabilities, slopes = zip(*answers, strict=True)
         mean = probabilities[0] if passes == 1 else torch.stack(probabilities).softmax(dim=2).mean(dim=0)
-        fooled = predicted_wrong(mean, y) & mean.isfinite().all(dim=1)
+        fooled = succeeded(mean, y)
         value = torch.stack(values).mean(dim=0).nan_to_num(nan=-torch.inf)
         slope = sum(slopes[1:], slopes[0]) if grad else None
         return value, fooled, slope
@@ -296,11 +296,12 @@ def wrong_classes(forward: Forward, x: Tensor, y: Tensor, count: int) -> Tensor:
     """The `count` most probable classes but for the label, at most K - 1, int64 (B, count); likeliest first.
 
     Raises:
-        UserError: for a model of one class.
+        UserError: for a model of one class; on the CPU also for labels that are no class.
     """
     with torch.no_grad():
         logits = forward(x)
+    check_labels_on_cpu(logits, y)
     if logits.shape[1] < 2:
-        raise UserError(f"a target needs a class beside the label, but the model has {logits.shape[1]} class.")
+        raise UserError(f"a search towards a class needs a model of at least 2 classes, got {logits.shape[1]}.")
     others = logits.scatter(1, labels_of(y)[:, None], -torch.inf)
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices

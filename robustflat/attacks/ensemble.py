@@ -13,8 +13,9 @@ from robustflat.attacks.autopgd import AutoPgd
 from robustflat.attacks.ensemble_progress import Piece
 from robustflat.attacks.fab import Fab
 from robustflat.attacks.hunt import Confirm, Hunted, PlainJudge
+from robustflat.attacks.judging import succeeded
 from robustflat.attacks.objectives import cross_entropy, margin
-from robustflat.attacks.sanity import finite_and_wrong, verify
+from robustflat.attacks.sanity import verify
 from robustflat.attacks.square import Square
 from robustflat.errors import UserError, require_one_of
 from robustflat.geometry.input_ball import InputBall
@@ -118,7 +119,7 @@ def attack_piece(
     x_adv = hunted.found.x_adv
     with torch.no_grad(), exact_float32(x.device):
         logits = judged(x_adv)
-    wrong = finite_and_wrong(logits, y)
+    wrong = succeeded(logits, y)
     checked = verify(x_adv, x, ball)
     tensors = {
         "x_adv": x_adv,

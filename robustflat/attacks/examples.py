@@ -52,8 +52,9 @@ def _tensor(name: str, values: Array) -> Tensor:
     """`values` as a detached tensor, without copying where possible."""
     if isinstance(values, Tensor):
         return values.detach()
-    if isinstance(values, np.ndarray) and values.dtype.kind in "uif":
-        return torch.from_numpy(np.ascontiguousarray(values))
+    if isinstance(values, np.ndarray) and values.dtype.kind in "uif" and values.dtype.itemsize <= 8:
+        # Torch knows neither foreign byte order nor arrays that must not be written to, such as files read as needed.
+        return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
     raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
 

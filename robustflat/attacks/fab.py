@@ -25,8 +25,8 @@ from robustflat.attacks.hunt import (
     nothing_hunted,
 )
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import choose, held_still, judge, require_values
-from robustflat.attacks.objectives import labels_of, margin, predicted_wrong
+from robustflat.attacks.judging import choose, held_still, judge, require_values, succeeded
+from robustflat.attacks.objectives import labels_of, margin
 from robustflat.errors import require_range
 from robustflat.geometry.input_ball import InputBall
 from robustflat.geometry.numerics import normal, positive, uniform
@@ -122,7 +122,7 @@ class Fab:
 
         Returns:
             Found: the nearest misclassified image where it lies in the ball. Elsewhere that image brought into
-            the ball, or x, whichever has the larger objective (default: margin).
+            the ball, if it still fools the model or has a larger objective (default: margin) than x, else x.
 
         Raises:
             UserError: if x or y have the wrong shape or type, or the model cannot be differentiated.
@@ -150,8 +150,7 @@ class Fab:
             closest = self._search(forward, x, y, record, generator)
             near = self.ball.project(closest.x_adv, x)
             new = judge(forward, near, y, goal)
-            inside = closest.distance <= self.ball.epsilon
-            fooled = new.fooled & inside if confirm is None else new.fooled & confirm(near, y)
+            fooled = new.fooled if confirm is None else new.fooled & confirm(near, y)
             rows = (~record.found.fooled).nonzero().flatten()
             record.offer(rows, Found(near[rows], new.value[rows], fooled[rows]), "fooled")
             return record.result(forward, goal)
@@ -200,7 +199,7 @@ class Fab:
             value, slope = nearest_boundary(forward, run.point, run.y, run.classes, self.ball.norm)
             run.point = self._step(run, value, slope)
             with torch.no_grad():
-                wrong = predicted_wrong(forward(run.point), run.y)
+                wrong = succeeded(forward(run.point), run.y)
             self._note(run, run.point, wrong)
             kept = torch.where(wrong, self.beta, 1.0).to(run.point.dtype)
             run.point = torch.lerp(run.x, run.point, kept.view(-1, *[1] * (run.point.ndim - 1)))
@@ -250,7 +249,7 @@ class Fab:
             share = inner + (outer - inner) * (at_inner / (at_inner - at_outer).clamp_max(-1e-12)).clamp(0, 1)
             point = torch.lerp(run.x, start, share.view(shape))
             logits = forward(point)
-            wrong, value = predicted_wrong(logits, run.y), margin(logits, run.y).to(inner.dtype)
+            wrong, value = succeeded(logits, run.y), margin(logits, run.y).to(inner.dtype)
             self._note(run, point, wrong & run.distance.isfinite())
             outer, at_outer = torch.where(wrong, share, outer), torch.where(wrong, value, at_outer)
             inner, at_inner = torch.where(wrong, inner, share), torch.where(wrong, at_inner, value)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, nothing_found, require_values, select
-from robustflat.attacks.objectives import margin, objective_by_name, predicted_wrong
+from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
+from robustflat.attacks.judging import held_still, nothing_found, require_values, select, succeeded
+from robustflat.attacks.objectives import margin, objective_by_name
 from robustflat.errors import require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall, L2Ball
@@ -80,6 +80,7 @@ class Fmn:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             return self._search(forward, x, y, objective or self.objective)
@@ -102,22 +103,24 @@ class Fmn:
             gamma, length = (_cosine(*ends, step, self.steps) for ends in (self.gammas, self.step_sizes))
             point = point.detach().requires_grad_()
             logits = forward(point)
+            check_labels_on_cpu(logits, y)
             height = margin(logits, y)
             require_values(height, y)
             (grad,) = torch.autograd.grad(height.sum(), point)
             point = point.detach()
             with torch.no_grad():
                 found_before = memory.has_adversarial()
-                size = memory.see(Found(point, objective(logits, y), predicted_wrong(logits, y)))
+                fooled = succeeded(logits, y)
+                size = memory.see(Found(point, objective(logits, y), fooled))
                 linear = size - height.detach().to(size.dtype) / _dual_norm(grad, self.ball.norm)
                 outside = torch.where(found_before, radius, linear) * (1 + gamma)
                 inside = torch.minimum(radius * (1 - gamma), memory.smallest)
-                radius = torch.where(predicted_wrong(logits, y), inside, outside)
+                radius = torch.where(fooled, inside, outside)
                 moved = point + length * _UNIT_L2.steepest(grad) - x
                 point = (x + within(moved, radius, self.ball.norm)).clamp(self.ball.low, self.ball.high)
         with torch.no_grad():
             logits = forward(point)
-            memory.see(Found(point, objective(logits, y), predicted_wrong(logits, y)))
+            memory.see(Found(point, objective(logits, y), succeeded(logits, y)))
         return memory.result()
 
 

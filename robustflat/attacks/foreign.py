@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, judge, own_objective
+from robustflat.attacks.inputs import check_box_on_cpu, check_shapes
+from robustflat.attacks.judging import held_still, judge, nothing_found, own_objective
 from robustflat.attacks.objectives import labels_of, objective_by_name
 from robustflat.errors import UserError
 from robustflat.explanation import FORWARD, Explanation, unknown_cost
@@ -55,16 +55,20 @@ class Foreign:
         """Run the foreign attack once; see `robustflat.types.Attack`.
 
         Raises:
-            UserError: if it returns something else than images of the shape of x, or numbers that are not finite.
+            UserError: if it returns something else than images of the shape of x, or numbers that are not finite; on
+                the CPU also for images outside the box.
         """
         check_shapes(x, y)
+        if x.shape[0] == 0:
+            return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         wanted = own_objective(self) if objective is None else objective
         seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else "cpu"))
         with held_still(forward):
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
                 torch.manual_seed(seed)
-                with torch.enable_grad():
-                    theirs = self.attack(forward, x.clone(), labels_of(y).clone())
+                with torch.inference_mode(False), torch.enable_grad():
+                    theirs = self.attack(forward, x.detach().clone(), labels_of(y).clone())
             x_adv = self.ball.project(self._checked(theirs, x), x)
             return judge(forward, x_adv, y, wanted)
 

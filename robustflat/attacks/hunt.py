@@ -9,8 +9,8 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select
-from robustflat.attacks.objectives import predicted_wrong
+from robustflat.attacks.inputs import check_box_on_cpu
+from robustflat.attacks.judging import choose, held_still, improves, judge, nothing_found, select, succeeded
 from robustflat.geometry.input_ball import InputBall
 from robustflat.models.precision import exact_float32
 from robustflat.types import Forward, Found, Objective
@@ -47,7 +47,7 @@ class PlainJudge:
         """Bool (B,) for images (B, C, H, W) and labels y."""
         with held_still(self.model), exact_float32(x_adv.device):
             logits = self.model(x_adv)
-        return predicted_wrong(logits, y) & logits.isfinite().all(dim=1)
+        return succeeded(logits, y)
 
 
 @dataclass
@@ -144,7 +144,12 @@ class Record:
 def begin(
     forward: Forward, x: Tensor, y: Tensor, ball: InputBall, objective: Objective, confirm: Confirm | None
 ) -> Record:
-    """Record of a search that starts at x: one forward pass."""
+    """Record of a search that starts at x: one forward pass.
+
+    Raises:
+        UserError: on the CPU, for images outside the box and labels that are no class.
+    """
+    check_box_on_cpu(x, ball.low, ball.high)
     clean = judge(forward, x, y, objective)
     fooled = clean.fooled.clone() if confirm is None else clean.fooled & confirm(x, y)
     return Record(Found(x.clone(), clean.value, fooled), y, ball, confirm)

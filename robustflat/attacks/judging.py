@@ -44,7 +44,7 @@ def maximised(objective: Objective, targeted: bool) -> Objective:
     return Targeted(objective) if targeted else objective
 
 
-def succeeded(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
+def succeeded(logits: Tensor, y: Tensor, targeted: bool = False) -> Tensor:
     """Whether an attack reached its end, bool (B,): another class than y, or y itself if that is the target.
 
     Logits that are not finite are no success.
@@ -105,8 +105,8 @@ def select(take: Tensor, one: Found, other: Found) -> Found:
 
 
 def improves(new: Found, old: Found, keep: str) -> Tensor:
-    """Whether `new` replaces `old`, bool (B,), by the rule `keep`; ties keep the old one."""
-    larger = new.value > old.value
+    """Whether `new` replaces `old`, bool (B,), by the rule `keep`; ties keep the old one, not-a-number never stays."""
+    larger = (new.value > old.value) | (old.value.isnan() & ~new.value.isnan())
     if keep == "last":
         return torch.ones_like(larger)
     if keep == "fooled":

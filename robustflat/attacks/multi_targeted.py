@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from robustflat.attacks.autopgd import wrong_classes
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import held_still, improves, is_targeted, judge, nothing_found, select
-from robustflat.attacks.objectives import labels_of, margin, objective_by_name, with_target
+from robustflat.attacks.objectives import margin, objective_by_name, with_target
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, Explanation, explanation_of
 from robustflat.types import Attack, Forward, Found, Objective
@@ -54,8 +55,10 @@ class MultiTargeted:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        with held_still(forward):
+            targets = wrong_classes(forward, x, y, self.targets)
         best: Found | None = None
-        for target in self._likely_wrong(forward, x, y).unbind(dim=1):
+        for target in targets.unbind(dim=1):
             new = self.attack(forward, x, with_target(y, target), self.search_objective, generator)
             best = new if best is None else select(improves(new, best, "fooled"), new, best)
         assert best is not None
@@ -67,13 +70,3 @@ class MultiTargeted:
         cost = FORWARD + inner.cost.times(self.targets, "T", T=self.targets) + FORWARD
         formula = f"x' = worst of T = {self.targets} searches, each toward one of the likeliest wrong classes t"
         return Explanation(f"{formula}; {inner.formula}", "Gowal et al., 2019", replace(cost, at_most=True))
-
-    @torch.no_grad()
-    def _likely_wrong(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-        """Wrong classes by falling clean logit, (B, T)."""
-        with held_still(forward):
-            logits = forward(x)
-        if logits.shape[1] < 2:
-            raise UserError(f"MultiTargeted needs a model with at least 2 classes, got {logits.shape[1]}.")
-        others = logits.scatter(1, labels_of(y)[:, None], -torch.inf)
-        return others.topk(min(self.targets, logits.shape[1] - 1), dim=1).indices

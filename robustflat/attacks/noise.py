@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from robustflat.attacks.inputs import check_shapes
+from robustflat.attacks.inputs import check_box_on_cpu, check_labels_on_cpu, check_shapes
 from robustflat.attacks.judging import (
     held_still,
     improves,
@@ -21,7 +19,7 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
-from robustflat.rng import drawn_for_batch
+from robustflat.geometry.numerics import normal, uniform
 from robustflat.types import Forward, Found, Objective
 
 
@@ -62,6 +60,7 @@ class RandomNoise:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         with held_still(forward):
             best: Found | None = None
             for _ in range(self.trials):
@@ -85,9 +84,7 @@ class RandomNoise:
     def _draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.kind == "uniform":
             return self.ball.sample(x, generator)
-        device = x.device if generator is None else generator.device
-        draw = partial(torch.randn, generator=generator, dtype=x.dtype, device=device)
-        noise = drawn_for_batch(draw, x.shape).to(x.device)
+        noise = normal(x.shape, x, generator).to(x.dtype)
         size = self.ball.size(noise, torch.zeros_like(x)).view(-1, 1, 1, 1).to(x.dtype)
         return self.ball.project(x + self.ball.epsilon / size * noise, x)
 
@@ -133,11 +130,14 @@ class NFgsm:
         check_shapes(x, y)
         if x.shape[0] == 0:
             return nothing_found(x)
+        check_box_on_cpu(x, self.ball.low, self.ball.high)
         objective = objective or self.objective
         with torch.inference_mode(False), torch.enable_grad(), held_still(forward):
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             noisy = self._noisy(x, generator).requires_grad_()
-            value = objective(forward(noisy), y)
+            logits = forward(noisy)
+            check_labels_on_cpu(logits, y)
+            value = objective(logits, y)
             require_values(value, y)
             (grad,) = torch.autograd.grad(value.sum(), noisy)
             moved = (noisy.detach() + self.step_size * grad.sign()).clamp(self.ball.low, self.ball.high)
@@ -157,8 +157,6 @@ class NFgsm:
         return Explanation(formula, "de Jorge et al., NeurIPS 2022", FORWARD + INPUT_BACKWARD + FORWARD)
 
     def _noisy(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        device = x.device if generator is None else generator.device
-        draw = partial(torch.rand, generator=generator, dtype=x.dtype, device=device)
-        unit = drawn_for_batch(draw, x.shape).to(x.device)
+        unit = uniform(x.shape, x, generator).to(x.dtype)
         noise = self.noise_factor * self.ball.epsilon * (2 * unit - 1)
         return (x + noise).clamp(self.ball.low, self.ball.high)

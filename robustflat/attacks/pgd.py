@@ -6,8 +6,6 @@ al., ICCV 2021; early stopping (tau) as released there.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,8 @@ from robustflat.attacks.objectives import objective_by_name
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.explanation import FORWARD, INPUT_BACKWARD, Explanation
 from robustflat.geometry.input_ball import InputBall
+from robustflat.geometry.numerics import normal
 from robustflat.models.chunks import pieces
-from robustflat.rng import drawn_for_batch
 from robustflat.types import Forward, Found, Objective
 
 GAUSSIAN_START = 0.001
@@ -247,9 +245,7 @@ class Pgd:
             return self.ball.sample(x, generator)
         if self.random_start == "uniform_norm":
             return self.ball.sample_uniform_norm(x, generator)
-        device = x.device if generator is None else generator.device
-        draw = partial(torch.randn, generator=generator, dtype=x.dtype, device=device)
-        return self.ball.project(x + GAUSSIAN_START * drawn_for_batch(draw, x.shape).to(x.device), x)
+        return self.ball.project(x + GAUSSIAN_START * normal(x.shape, x, generator).to(x.dtype), x)
 
     def _evaluate(self, forward: Forward, point: Tensor, y: Tensor, goal: Objective) -> tuple[Found, Tensor]:
         """Value and success at `point`, and the gradient of the value, piece by piece where memory is bounded."""

@@ -112,7 +112,7 @@ def check_model(model: Forward, x: Tensor) -> list[Finding]:
     scale = float(first.abs().max().clamp_min(1e-6))
     repeated = float((first - again).abs().max()) / scale
     apart = float((first - halves).abs().max()) / scale
-    if repeated > 1e-5:
+    if not repeated <= 1e-5:  # also for not-a-number
         text = f"two passes differ by {repeated:.1e} of the largest logit: attack it with version='rand'"
         findings.append(Finding("deterministic", "warning", text))
         return findings
@@ -269,16 +269,11 @@ def _mode(model: Forward) -> Finding:
 
 
 def _zero_gradients(model: Forward, x: Tensor, y: Tensor, objective: Objective, name: str, tolerated: float) -> Finding:
-    """How many examples have no gradient at all."""
+    """How many examples have no gradient at all, or none that is a number."""
     with torch.enable_grad(), held_still(model):
         point = x.detach().clone().requires_grad_()
         value = objective(model(point), y).sum()
         (slope,) = torch.autograd.grad(value, point, allow_unused=True) if value.requires_grad else (None,)
-    zero = len(x) if slope is None else int((slope.flatten(1) == 0).all(dim=1).sum())
-    text = f"{zero} of {len(x)} examples have a gradient of zero"
+    zero = len(x) if slope is None else int((slope.nan_to_num(nan=0.0).flatten(1) == 0).all(dim=1).sum())
+    text = f"{zero} of {len(x)} examples have a gradient of zero or none"
     return _expect(f"gradients of the {name}", zero <= tolerated * len(x), text, text)
-
-
-def finite_and_wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether finite logits (N, K) are wrong for labels (N,): not-a-number breaks nothing."""
-    return predicted_wrong(logits, y) & logits.isfinite().all(dim=1)

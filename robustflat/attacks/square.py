@@ -15,8 +15,8 @@ from torch import Tensor
 
 from robustflat.attacks.hunt import FILL, Confirm, Hunted, Pack, Record, begin, nothing_hunted
 from robustflat.attacks.inputs import check_shapes
-from robustflat.attacks.judging import held_still, judge
-from robustflat.attacks.objectives import margin, objective_by_name, predicted_wrong
+from robustflat.attacks.judging import held_still, judge, succeeded
+from robustflat.attacks.objectives import margin, objective_by_name
 from robustflat.attacks.square_proposals import Draws, Proposal, apply_, draw, first_pattern
 from robustflat.errors import require_range
 from robustflat.geometry.input_ball import InputBall
@@ -49,7 +49,7 @@ class Square:
         p_init: share of the pixels in the first window, in (0, 1].
         restarts: runs, >= 1.
         objective: what is maximised where the call gives no objective; a name of `objectives.OBJECTIVES`.
-        stop_when_fooled: an example leaves the search at its first misclassified point.
+        stop_when_fooled: an example leaves the search soon after it is misclassified, at most 10 queries later.
         fill: images that proposals tried ahead may fill a forward pass to, >= 1; 1 tries none ahead (as for a
             model whose queries cost something).
 
@@ -91,7 +91,7 @@ class Square:
         """Search around images x (B, C, H, W) in [0, 1] with labels y.
 
         Returns:
-            Found: the image with the largest objective, or the first misclassified one if `stop_when_fooled`.
+            Found: the image with the largest objective, or a misclassified one if `stop_when_fooled`.
 
         Raises:
             UserError: if x or y have the wrong shape or type.
@@ -175,7 +175,7 @@ class Square:
             last = torch.where(accepted, first, count - 1)
             place = (tried.flatten().cumsum(0) - 1).view_as(tried)  # where a candidate stands in `points`
             if self.stop_when_fooled and goal is not margin:
-                wrong = predicted_wrong(logits, run.y[which]) & logits.isfinite().all(dim=1)
+                wrong = succeeded(logits, run.y[which])
                 fooled = torch.zeros_like(tried).masked_scatter_(tried, wrong) & (number <= last)
                 latest = (fooled * (number + 1)).argmax(dim=0, keepdim=True)
                 run.catch(points[place.gather(0, latest)[0]], fooled.any(dim=0))

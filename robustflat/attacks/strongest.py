@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
-from robustflat.errors import UserError, require_one_of
+from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.memory import MemoryBudget, budget_bytes, require_memory_budget
 from robustflat.models.chunks import bounded, bytes_per_image
-from robustflat.models.fused import fused
-from robustflat.models.inference import PRECISIONS, rewrite
+from robustflat.models.fused import fast_copy, fused
+from robustflat.models.inference import PRECISIONS
 from robustflat.models.mirror import Mirror
 from robustflat.models.precision import exact_float32
 from robustflat.types import Attack
@@ -85,9 +86,10 @@ def strongest(
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
 
     Raises:
-        UserError: for another `select` or `search`, or what is no memory budget; or as the attack does.
+        UserError: for another `select` or `search`, restarts < 1 or what is no memory budget; or as the attack does.
     """
     best: Strongest | None = None
+    require_range("restarts", restarts, low=1)
     require_memory_budget(memory_budget)
     check_shapes(x, y)
     searched, judged = search_model(model, x, search) if isinstance(search, str) else search(x), model
@@ -156,20 +158,7 @@ def search_model(model: nn.Module, x: Tensor, search: str) -> nn.Module:
     if search == "plain" or not len(x):
         return model
     with held_still(model):
-        if search == "fp32":
-            return _rewritten(model, x[:EXAMPLES], search)
-        try:
-            return _rewritten(model, x[:EXAMPLES], search)
-        except UserError:
-            return _rewritten(model, x[:EXAMPLES], "fp32")
-
-
-@torch.no_grad()
-def _rewritten(model: nn.Module, few: Tensor, precision: str) -> nn.Module:
-    """A copy that really takes the images: a network that uses `view` may not take them channels-last."""
-    try:
-        changed = rewrite(model, few, precision=precision)
-        changed(few)
-    except RuntimeError:
-        return rewrite(model, few, precision=precision, channels_last=False)
-    return fused(changed, few)
+        if search == "bf16":
+            with suppress(UserError):
+                return fast_copy(model, x[:EXAMPLES], search)
+        return fast_copy(model, x[:EXAMPLES], "fp32")

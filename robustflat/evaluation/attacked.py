@@ -13,8 +13,9 @@ from robustflat.attacks.autoattack import AutoAttackSearch
 from robustflat.attacks.ensemble_progress import Piece, Progress
 from robustflat.attacks.ensemble_result import AttackRecord, AutoAttackResult
 from robustflat.attacks.examples import require_answers
+from robustflat.attacks.judging import succeeded
 from robustflat.attacks.rehearsal import rehearse
-from robustflat.attacks.sanity import Finding, check_verified, finite_and_wrong, verify
+from robustflat.attacks.sanity import Finding, check_verified, verify
 from robustflat.attacks.strongest import Strongest, judged_logits, strongest
 from robustflat.evaluation.turns import in_turn
 from robustflat.geometry.input_ball import InputBall
@@ -121,7 +122,7 @@ def _runs(
     for now in _passes(len(y), runs, at_once):
         many_x, many_y = _copies(x, now), _copies(y, now)
         result = run(many_x, many_y)
-        misled = finite_and_wrong(result.logits, many_y)
+        misled = succeeded(result.logits, many_y)
         wrong += int(misled.sum())
         outside += int((misled & ~verify(result.x_adv, many_x, ball).allowed).sum())
         parts.append(result.logits.float().view(now, len(y), -1))

@@ -34,7 +34,7 @@ class InputBall(ABC):
     _largest: ClassVar[float] = math.inf
 
     def __init__(self, epsilon: float, low: float = 0.0, high: float = 1.0) -> None:
-        if low >= high:
+        if not low < high:  # also for not-a-number
             raise UserError(f"low must be smaller than high, got low={low:g} and high={high:g}.")
         hint = "For no attack use attack=none."
         if epsilon > self._largest:

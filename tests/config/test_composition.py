@@ -72,6 +72,15 @@ def test_threat_model_follows_the_data_set_and_an_explicit_value_wins(compose):
     assert compose("dataset=cifar10", "attack.ball.epsilon=${px:9}").attack.ball.epsilon == pytest.approx(9 / 255)
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "digits", "mnist"])
+def test_the_step_of_fast_training_follows_epsilon(compose, dataset):
+    config = compose(f"dataset={dataset}", "attack=fgsm_random_start_linf")
+    assert config.attack.step_size == pytest.approx(1.25 * config.dataset.threat.linf.epsilon)
+    wider = compose(f"dataset={dataset}", "attack=fgsm_random_start_linf", "attack.ball.epsilon=0.2")
+    assert wider.attack.step_size == pytest.approx(0.25)
+    assert compose("dataset=cifar10", "attack=fgsm_random_start_linf").attack.step_size == 10 / 255
+
+
 def test_evaluation_keeps_the_norm_of_training_and_the_radius_of_the_data_set(compose):
     config = compose("attack=pgd_l2", "attack.ball.epsilon=0.1")
     assert config.evaluation.norm == "l2"

@@ -13,18 +13,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.autoattack import AutoAttackSearch
+from robustflat.attacks.autopgd import AutoPgd
+from robustflat.attacks.fab import Fab
 from robustflat.attacks.fmn import Fmn
+from robustflat.attacks.foreign import Foreign
 from robustflat.attacks.multi_targeted import MultiTargeted
 from robustflat.attacks.noise import NFgsm, RandomNoise
 from robustflat.attacks.objectives import cross_entropy, kl_divergence, margin
 from robustflat.attacks.pgd import NoAttack, Pgd
 from robustflat.attacks.rehearsal import rehearse
+from robustflat.attacks.square import Square
 from robustflat.attacks.transfer import Transfer
 from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, Restarts, WorstOf
+from robustflat.errors import UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.types import Attack, Found
 
 LINF, L2, L1 = LinfBall(8 / 255), L2Ball(0.5), L1Ball(4.0)
+
+
+UNPREDICTABLE = MultiTargeted | Fraction | AutoPgd | Fab | Square | AutoAttackSearch
+"""What an attack of these draws may depend on what it finds."""
 
 
 class Case(NamedTuple):
@@ -95,6 +105,43 @@ ATTACKS: dict[str, Case] = {
     "fmn_linf": Case(Fmn(LINF, steps=20, step_size=0.5), LINF, may_lower=True, harmful=False, optimal=False),
     "fmn_l2": Case(Fmn(L2, steps=20, step_size=0.5), L2, harmful=False, optimal=False),
     "fmn_l1": Case(Fmn(L1, steps=20, step_size=0.5), L1, harmful=False, optimal=False),
+    "auto_pgd_linf": Case(AutoPgd(LINF, steps=10), LINF, random_start=True),
+    "auto_pgd_l2": Case(AutoPgd(L2, steps=10), L2, random_start=True, optimal=False),
+    "auto_pgd_l1": Case(AutoPgd(L1, steps=10, wide_start=True), L1, random_start=True, optimal=False),
+    "auto_pgd_targets": Case(AutoPgd(LINF, steps=10, objective="dlr_targeted"), LINF, optimal=False),
+    "auto_pgd_stops": Case(
+        AutoPgd(LINF, steps=10, restarts=2, stop_when_fooled=True),
+        LINF,
+        random_start=True,
+        may_lower=True,
+        harmful=False,
+        optimal=False,
+    ),
+    "fab_linf": Case(Fab(LINF, steps=5), LINF, may_lower=True, harmful=False, optimal=False),
+    "fab_l2": Case(Fab(L2, steps=5), L2, may_lower=True, harmful=False, optimal=False),
+    "fab_l1": Case(
+        Fab(L1, steps=5, targets=None, stop_when_fooled=True), L1, may_lower=True, harmful=False, optimal=False
+    ),
+    "square_linf": Case(Square(LINF, queries=30), LINF, random_start=True, harmful=False, optimal=False),
+    "square_l2": Case(Square(L2, queries=30), L2, random_start=True, harmful=False, optimal=False),
+    "square_l1": Case(
+        Square(L1, queries=30, stop_when_fooled=True),
+        L1,
+        random_start=True,
+        may_lower=True,
+        harmful=False,
+        optimal=False,
+    ),
+    "autoattack": Case(
+        AutoAttackSearch(LINF, version="custom", attacks=["apgd-ce"]),
+        LINF,
+        random_start=True,
+        may_lower=True,
+        optimal=False,
+    ),
+    "foreign": Case(
+        Foreign(lambda model, x, y: x + LINF.epsilon, LINF), LINF, may_lower=True, harmful=False, optimal=False
+    ),
     "restarts": Case(Restarts(pgd(random_start=True), 2), LINF, random_start=True),
     "worst_of": Case(WorstOf({"pgd": pgd(), "margin": pgd(objective="margin")}), LINF, may_lower=True),
     "fraction": Case(Fraction(pgd(), 0.5), LINF, optimal=False),
@@ -175,7 +222,7 @@ def test_a_rehearsal_draws_what_a_call_draws_or_says_that_it_cannot(case: Case) 
     x, y = batch()
     real, rehearsed = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     if not rehearse(case.attack, x, rehearsed):
-        assert isinstance(case.attack, MultiTargeted | Fraction)
+        assert isinstance(case.attack, UNPREDICTABLE)
         return
     case.attack(Network(), x, y, generator=real)
     assert torch.equal(real.get_state(), rehearsed.get_state())
@@ -271,6 +318,22 @@ def test_an_empty_batch_gives_an_empty_result(case: Case) -> None:
     found = run(case, Network(), x[:0], y[:0])
     assert (found.x_adv.shape, found.value.shape, found.fooled.shape) == ((0, 3, 4, 4), (0,), (0,))
     assert found.fooled.dtype == torch.bool
+
+
+@cases()
+def test_labels_that_are_no_class_are_refused_on_the_cpu(case: Case) -> None:
+    x, y = batch()
+    for bad in (y + 3, y - 3):
+        with pytest.raises(UserError, match="labels must be"):
+            run(case, Network(), x, bad)
+
+
+@cases(lambda case: not isinstance(case.attack, NoAttack))
+def test_images_outside_the_box_are_refused_on_the_cpu(case: Case) -> None:
+    x, y = batch()
+    for bad in (255 * x, x - 0.5, x * torch.nan):
+        with pytest.raises(UserError, match="must lie in"):
+            run(case, Network(), bad, y)
 
 
 @cases(alike_in_any_batch)

@@ -15,6 +15,7 @@ from robustflat.attacks.autoattack import AutoAttack, AutoAttackSearch
 from robustflat.attacks.autopgd import AutoPgd
 from robustflat.attacks.ensemble import ATTACKS, Counted, attack_names, member
 from robustflat.attacks.ensemble_result import wilson
+from robustflat.attacks.fab import Fab
 from robustflat.attacks.objectives import cross_entropy
 from robustflat.attacks.square import Square
 from robustflat.errors import CheckpointError, UserError
@@ -238,6 +239,31 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.usefixtures("quick")
+def test_finished_batches_of_other_examples_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was deleted and computed again, on a GPU perhaps with another verdict, leaves other survivors."""
+    model, x = linear(4, 3.0), images(20)
+    y = model(x).argmax(1)
+    evaluate, folder = AutoAttack(epsilon=0.001, batch_size=7), tmp_path / "aa"
+    evaluate(model, x, y, progress=folder)
+    (folder / "apgd-ce.00000.pt").unlink()
+    original = ensemble.attack_piece
+
+    def stronger(*args: object) -> dict[str, object]:
+        piece = original(*args)  # type: ignore[arg-type]
+        piece["broken"][0] = True
+        return piece
+
+    with monkeypatch.context() as patched:
+        patched.setattr(autoattack, "attack_piece", stronger)
+        result = evaluate(model, x, y, progress=folder)
+    assert result.broken_by[0] == "apgd-ce"
+    for record in result.attacks[1:]:
+        assert not bool(record.tried[0])
+        reached = (record.loss - cross_entropy(model(x), y))[record.tried]
+        assert bool((reached.abs() < 0.05).all())  # epsilon is small: each loss is that of its own example
+
+
+@pytest.mark.usefixtures("quick")
 def test_progress_of_another_evaluation_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     model, x = linear(), images()
     y = model(x).argmax(1)
@@ -269,6 +295,12 @@ def test_versions_have_the_published_members() -> None:
     several = member("apgd-ce", ball, version="plus")
     assert isinstance(several, AutoPgd)
     assert several.restarts == 5
+    for version, restarts in (("standard", 1), ("plus", 5)):
+        boundary, aimed = (member(name, ball, version=version) for name in ("fab", "fab-t"))
+        assert isinstance(boundary, Fab)
+        assert isinstance(aimed, Fab)
+        assert (boundary.targets, boundary.restarts, boundary.steps) == (None, restarts, 100)
+        assert (aimed.targets, aimed.restarts, aimed.steps) == (9, 1, 100)
     averaged = member("apgd-dlr", ball, version="rand")
     assert isinstance(averaged, AutoPgd)
     assert averaged.eot == 20

@@ -237,7 +237,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object], text: st
 
 
 def test_a_model_of_one_class_has_no_target() -> None:
-    with pytest.raises(UserError, match="1 class"):
+    with pytest.raises(UserError, match="at least 2 classes, got 1"):
         wrong_classes(lambda x: x.flatten(1)[:, :1], images(), torch.zeros(6, dtype=torch.int64), 9)
 
 

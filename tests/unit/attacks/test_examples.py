@@ -29,6 +29,20 @@ def test_bytes_become_fractions_and_all_takes_the_models_type() -> None:
     assert batch.y.dtype == torch.int64
 
 
+def test_arrays_that_torch_does_not_take_as_they_are_give_the_same_batch() -> None:
+    """Read only, as a mapped file is; of the other byte order, as in IDX files; backwards."""
+    images, labels = np.random.default_rng(0).random((3, 1, 2, 2), dtype=np.float32), np.array([2, 0, 1])
+    expected = batches_for(MODEL, images, labels)[0]
+    frozen = images.copy()
+    frozen.flags.writeable = False
+    for other in (frozen, images.astype(">f4"), images[::-1].copy()[::-1]):
+        batch = batches_for(MODEL, other, labels.astype(">i4"))[0]
+        assert torch.equal(batch.x, expected.x)
+        assert torch.equal(batch.y, expected.y)
+    batches_for(MODEL, frozen, labels)[0].x.zero_()
+    assert frozen.any()
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "size", "message"),
     [
@@ -38,6 +52,8 @@ def test_bytes_become_fractions_and_all_takes_the_models_type() -> None:
         (torch.rand(2, 1, 2, 2), torch.tensor([0]), 2, "one label per image, got 2 images"),
         (torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), 0, r"batch_size must lie in \[1"),
         (torch.rand(2, 1, 2, 2), ["cat", "dog"], 2, r"labels must be a torch tensor or a NumPy array .* got list"),
+        (np.zeros((1, 1, 2, 2), dtype=np.longdouble), torch.tensor([0]), 2, r"NumPy array of numbers, got float"),
+        (torch.tensor(1.0), torch.tensor([0]), 2, "images must have shape"),
         (np.array(["cat"]), torch.tensor([0]), 2, r"images must be a torch tensor or a NumPy array .* got <U3"),
     ],
 )  # fmt: skip

@@ -86,6 +86,24 @@ def test_what_cannot_be_broken_ends_in_the_ball_and_not_below_its_start() -> Non
     assert bool((found.value >= margin(model(x), y)).all())
 
 
+def test_an_image_that_fools_the_model_only_once_brought_into_the_ball_counts() -> None:
+    """Few steps end far outside; on a curved boundary the point on the way back may be misclassified, too."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.Tanh(), nn.Linear(30, 4)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    x = torch.rand(200, *SHAPE)
+    y = model(x).argmax(1)
+    for ball in BALLS:
+        attack = Fab(ball, steps=1)
+        outside = attack.closest(model, x, y).distance > ball.epsilon
+        found = attack(model, x, y)
+        assert bool((outside & found.fooled).any())
+        assert torch.equal(found.fooled, model(found.x_adv).argmax(1) != y)
+        assert bool((ball.size(found.x_adv, x) <= ball.epsilon * (1 + 1e-5)).all())
+
+
 def test_restarts_never_move_the_nearest_point_away() -> None:
     torch.manual_seed(4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4)).eval()
@@ -121,12 +139,30 @@ def test_one_seed_gives_one_result() -> None:
 
 
 def test_models_without_gradient_or_numbers_are_not_broken() -> None:
-    x, y = images(), torch.zeros(6, dtype=torch.int64)
-    for factor in (0.0, torch.nan):
+    x = images()
+    for factor, label in ((0.0, 0), (torch.nan, 1)):  # the largest logit is then the first
+        y = torch.full((6,), label)
         found = Fab(LinfBall(0.1), steps=3)(lambda v, f=factor: v.flatten(1)[:, :3] * f, x, y, generator=seeded())
         assert bool(found.x_adv.isfinite().all())
-        if factor == 0.0:
-            assert not bool(found.fooled.any())
+        assert not bool(found.fooled.any())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_logits_that_are_not_numbers_are_no_boundary(stop: bool) -> None:
+    """A plane with a gap of not-a-number around it: the first step over the plane ends in the gap."""
+    slope = torch.randn(16, generator=seeded(2))
+
+    def forward(v: Tensor) -> Tensor:
+        height = (v.flatten(1) - 0.5) @ slope
+        return torch.stack([-height, height], dim=1).masked_fill((height.abs() < 0.1).unsqueeze(1), torch.nan)
+
+    x = (0.5 + 0.08 * slope.sign()).expand(3, -1).reshape(3, *SHAPE)
+    y = torch.ones(3, dtype=torch.int64)
+    attack = Fab(LinfBall(0.2), steps=5, stop_when_fooled=stop)
+    found = attack(forward, x, y, generator=seeded())
+    assert torch.equal(found.fooled, forward(found.x_adv)[:, 0] > forward(found.x_adv)[:, 1])
+    closest = attack.closest(forward, x, y, seeded())
+    assert bool(forward(closest.x_adv).isfinite().all())
 
 
 def test_an_empty_batch_gives_an_empty_result() -> None:

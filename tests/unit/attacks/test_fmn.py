@@ -67,6 +67,21 @@ def test_a_misclassified_image_comes_back_unchanged() -> None:
     assert found.fooled.all()
 
 
+def test_logits_that_are_not_numbers_are_no_success() -> None:
+    x = images(60)
+    x = x[margin(forward(x), forward(x).argmax(1)) < -0.1]
+    y = forward(x).argmax(1)
+
+    def with_a_gap(v: Tensor) -> Tensor:
+        """Not a number close to the boundary, where the search first crosses it."""
+        logits = forward(v)
+        return logits.masked_fill((margin(logits, y).abs() < 0.1).unsqueeze(1), torch.nan)
+
+    found = Fmn(LinfBall(0.5), steps=20)(with_a_gap, x, y)
+    assert len(x) > 10
+    assert torch.equal(found.fooled, margin(with_a_gap(found.x_adv), y) > 0)
+
+
 def test_the_objective_of_the_call_values_but_does_not_steer() -> None:
     x = images()
     y = forward(x).argmax(1)

@@ -53,12 +53,25 @@ def test_foolbox_joins_ours_in_worst_of():
 def test_its_random_draws_come_from_our_generator_and_leave_the_global_one_alone():
     x, y = examples()
     attack = Foreign(lambda model, images, labels: images + torch.rand_like(images), BALL)
-    state = torch.get_rng_state()
-    runs = [attack(network(), x, y, generator=torch.Generator().manual_seed(s)).x_adv for s in (3, 3, 4)]
+    model, state = network(), torch.get_rng_state()
+    runs = [attack(model, x, y, generator=torch.Generator().manual_seed(s)).x_adv for s in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    torch.manual_seed(0)
-    assert len(state) == len(torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_it_may_take_gradients_in_a_caller_s_inference_mode():
+    def step(model, images, labels):
+        images.requires_grad_()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        return images + 0.1 * torch.autograd.grad(loss, images)[0].sign()
+
+    x, y = examples()
+    model = network()
+    expected = Foreign(step, BALL)(model, x, y)
+    with torch.inference_mode():
+        found = Foreign(step, BALL)(model, x + 0, y + 0)
+    assert torch.equal(found.x_adv, expected.x_adv)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,16 @@ def test_random_noise_is_the_worst_of_its_draws() -> None:
         assert torch.equal(found.x_adv[i], draws[best][i])
 
 
+def test_a_draw_that_gives_no_number_does_not_stand_for_those_that_do() -> None:
+    x, y = images(20)
+
+    def half(z: Tensor) -> Tensor:
+        return forward(z).masked_fill((z.flatten(1)[:, :1] > x.flatten(1)[:, :1]), torch.nan)
+
+    found = RandomNoise(LinfBall(0.2), trials=20)(half, x, y, generator=torch.Generator().manual_seed(0))
+    assert found.value.isfinite().all()
+
+
 def test_gaussian_noise_lies_on_the_surface_of_the_ball() -> None:
     x = torch.full((200, 1, 4, 4), 0.5)
     ball = L2Ball(0.3)

@@ -115,6 +115,20 @@ def test_a_model_without_any_gradient_is_counted_not_crashed_on() -> None:
     assert "8 of 8 examples have a gradient of zero" in findings[0].message
 
 
+def test_gradients_and_logits_that_are_not_numbers_are_noticed() -> None:
+    inner, x = linear(), images()
+
+    def rooted(v: Tensor) -> Tensor:
+        """Adds nothing, by way of a square root at zero, whose slope is infinite."""
+        logits: Tensor = inner(v)
+        return logits + 0 * (v - v.detach()).abs().sqrt().sum()
+
+    findings = check_gradients(rooted, x, inner(x).argmax(1), LinfBall(0.02), seeded())
+    assert "8 of 8 examples have a gradient of zero or none" in findings[0].message
+    assert levels(findings)["gradients of the cross-entropy"] == "warning"
+    assert levels(check_model(lambda v: inner(v) * torch.nan, x))["deterministic"] == "warning"
+
+
 def test_steps_that_lower_the_loss_are_noticed() -> None:
     class Backwards(torch.autograd.Function):
         @staticmethod

@@ -46,6 +46,12 @@ def test_highest_cross_entropy_wins_per_example_whatever_the_attack_claims() -> 
     assert torch.equal(best.logits, best.x_adv.flatten(1))
 
 
+def test_no_run_at_all_is_refused() -> None:
+    x = as_images([[0.9, 0.1]])
+    with pytest.raises(UserError, match=r"restarts must lie in \[1, inf\), got 0"):
+        strongest(Identity(), x, torch.tensor([0]), Scripted(), restarts=0)
+
+
 def test_ties_keep_the_earlier_run() -> None:
     class Indifferent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

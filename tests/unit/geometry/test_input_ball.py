@@ -292,6 +292,8 @@ def test_large_l2_and_l1_balls_are_allowed_and_an_empty_box_is_not():
     assert (L2Ball(2.5).epsilon, L1Ball(12).epsilon) == (2.5, 12)
     with pytest.raises(UserError, match="low must be smaller than high, got low=1 and high=0"):
         LinfBall(0.1, low=1.0, high=0.0)
+    with pytest.raises(UserError, match="low must be smaller than high, got low=nan"):
+        LinfBall(0.1, low=math.nan)
 
 
 def test_a_ball_prints_its_numbers():
