@@ -234,7 +234,8 @@ class Trainer:
         """Continue from `state_dict` of a trainer of the same configuration.
 
         Raises:
-            CheckpointError: naming parts, callbacks or weights that are missing, left over or do not fit.
+            CheckpointError: naming parts, callbacks or weights that are missing, left over or do not fit; for random
+                streams of another kind of device, unless training has ended and draws nothing any more.
         """
         state = {"means": {}, **state}  # checkpoints of version 0.1.0 were written after an epoch only
         _require_same_names("parts", self.state_dict(), state)
@@ -245,7 +246,7 @@ class Trainer:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint's optimizer does not fit this one: {error}") from error
         self.schedule.load_state_dict(state["schedule"])
-        self.streams.load_state_dict(state["streams"])
+        self._load_streams(state)
         self.data.load_state_dict(state["data"])
         for name, callback in self._saved_callbacks.items():
             callback.load_state_dict(state["callbacks"][name])
@@ -255,6 +256,16 @@ class Trainer:
         self._means.load_state_dict(state["means"], self._device)
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.history = [dict(entry) for entry in state["history"]]
+
+    def _load_streams(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.streams.load_state_dict(state["streams"])
+        except RuntimeError as error:  # torch's generators on a GPU keep another kind of state than those on a CPU
+            if int(state["epoch"]) < self.epochs:
+                raise CheckpointError(
+                    f"the checkpoint holds random streams of another kind of device than {self.streams.device.type}, "
+                    "which cannot go on here: resume with the device of the interrupted run (device=cuda or cpu)."
+                ) from error
 
     @property
     def _saved_callbacks(self) -> dict[str, Callback]:
