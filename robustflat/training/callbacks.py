@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.explanation import Explanation
 from robustflat.models.modes import perturbable
+from robustflat.models.precision import device_of
 from robustflat.ranks import current
 from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, save
 
@@ -277,15 +278,17 @@ class WeightAverage(Callback):
             with torch.enable_grad():
                 batch = trainer.loss.craft(model, trainer.attack, next(trainer.data), trainer.streams["attack"])
             crafted.append(batch.x_adv)
-        momenta = [layer.momentum for layer in layers]
+        before = [(layer, layer.momentum, copy.deepcopy(layer.state_dict())) for layer in layers]
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # plain mean over all batches
         model.train()
         for x_adv in crafted:
             model(x_adv)
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum, state in before:
             layer.momentum = momentum
+            if not layer.num_batches_tracked:  # of a rotation head, say, which the class logits do not need
+                layer.load_state_dict(state)
 
 
 class ClipWeights(Callback):
@@ -343,9 +346,10 @@ class ClipWeights(Callback):
 @contextmanager
 def _borrowed_stream(trainer: Trainer) -> Iterator[None]:
     """Inside, training batches may be drawn; afterwards data stream and generators are where they were."""
-    data, streams = trainer.data.state_dict(), trainer.streams.state_dict()
+    data, streams, device = trainer.data.state_dict(), trainer.streams.state_dict(), device_of(trainer.model)
     try:
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from torch's own
+            yield
     finally:
         trainer.data.load_state_dict(data)
         trainer.streams.load_state_dict(streams)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from robustflat.attacks.pgd import NoAttack
 from robustflat.data.images import to_unit_range
@@ -59,17 +60,18 @@ def test_without_decay_the_average_is_the_model_bit_for_bit(make_trainer, same_s
     assert same_state(dict(average.averaged_model(trainer).state_dict()), dict(trainer.model.state_dict()))
 
 
-def test_averaging_does_not_change_the_training(make_trainer, same_state):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_averaging_does_not_change_the_training(make_trainer, make_network, same_state, dropout):
     states = []
     for callbacks in ({}, {"average": WeightAverage()}, {"average": WeightAverage(batch_norm="recalibrate")}):
         torch.manual_seed(0)
-        trainer = make_trainer(callbacks=callbacks, epochs=2)
+        trainer = make_trainer(model=make_network(dropout), callbacks=callbacks, epochs=2)
         if callbacks:
             trainer.callbacks["peek"] = Peek()
         trainer.fit()
         states.append(trainer.state_dict())
     for state in states[1:]:
-        for part in ("model", "optimizer", "streams", "data"):
+        for part in ("model", "optimizer", "streams", "data", "random"):
             assert same_state(states[0][part], state[part])
 
 
@@ -105,6 +107,20 @@ def test_recalibrated_statistics_are_those_of_the_training_images(make_trainer, 
     kept.load_state_dict(average.state_dict())
     kept.on_fit_start(trainer)
     assert not torch.allclose(found[1].running_mean, kept.averaged_model(trainer)[1].running_mean)
+
+
+def test_recalibration_keeps_statistics_of_layers_that_see_no_batch(make_trainer, make_network):
+    """Such as those of a rotation head, which the class logits do not need."""
+    model = make_network()
+    model.spare = nn.BatchNorm1d(2)
+    model.spare.running_mean.fill_(3.0)
+    model.spare.forward = lambda x: x
+    average = WeightAverage(batch_norm="recalibrate", calibration_batches=2)
+    trainer = make_trainer(model=model, callbacks={"average": average})
+    trainer.fit()
+    found = average.averaged_model(trainer)
+    assert found.spare.running_mean.tolist() == [3.0, 3.0]
+    assert found[1].num_batches_tracked == 2
 
 
 def test_average_before_training_is_refused(make_trainer):
