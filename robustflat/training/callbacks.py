@@ -160,7 +160,7 @@ class WeightAverage(Callback):
     Izmailov et al., UAI 2018; Gowal et al., 2020; in the paper tau is 0.9975. It starts as a copy of the
     weights. Batch norm's running statistics are averaged alike, whole-number buffers copied. (The paper's
     released code copies the statistics of the last weights, updates twice at the start of an epoch and forgets
-    the average on resume.) The average is in every checkpoint.
+    the average on resume.) The average is in every checkpoint. A training has one.
 
     Args:
         decay: tau in [0, 1); 0 follows the weights.
@@ -173,7 +173,7 @@ class WeightAverage(Callback):
         twice_per_epoch: update once more between two epochs, as in the released code.
 
     Raises:
-        UserError: for values outside these ranges.
+        UserError: for values outside these ranges; when training starts, if another callback averages too.
     """
 
     def __init__(
@@ -200,6 +200,12 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the average at the weights, or bring a loaded one to their device."""
+        averages = [name for name, callback in trainer.callbacks.items() if isinstance(callback, WeightAverage)]
+        if len(averages) > 1:
+            raise UserError(
+                f"{len(averages)} callbacks average weights ({', '.join(averages)}), but results have room for one "
+                "'average': leave the others out, or train them as runs of their own."
+            )
         self._live = trainer.model.state_dict()
         buffers = {name for name, _ in trainer.model.named_buffers()} if self.batch_norm == "copy" else set()
         self._copied = buffers | {name for name, w in self._live.items() if not w.is_floating_point()}

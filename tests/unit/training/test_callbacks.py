@@ -128,6 +128,13 @@ def test_average_before_training_is_refused(make_trainer):
         WeightAverage().averaged_model(make_trainer())
 
 
+def test_a_second_average_which_would_hide_the_first_is_refused(make_trainer):
+    trainer = make_trainer(callbacks={"slow": WeightAverage(decay=0.99), "fast": WeightAverage(decay=0.9)})
+    with pytest.raises(UserError, match=r"2 callbacks average weights \(slow, fast\)"):
+        trainer.fit()
+    assert trainer.step == 0
+
+
 def test_average_of_another_model_is_refused(make_trainer):
     average = WeightAverage()
     average.load_state_dict({"average": {"w": torch.zeros(1)}, "updates": 3})
