@@ -17,7 +17,7 @@ from robustflat.explanation import Explanation
 from robustflat.models.modes import perturbable
 from robustflat.models.precision import device_of
 from robustflat.ranks import current
-from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, save
+from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, remove_unfinished, save
 
 if TYPE_CHECKING:
     from robustflat.training.trainer import Trainer
@@ -96,8 +96,8 @@ class SaveLast(Callback):
         self.keep_previous = keep_previous
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Refuse to train without a folder."""
-        _folder(self.folder, trainer)
+        """Refuse to train without a folder, and clear away what a killed process has left there half-written."""
+        _clear(_folder(self.folder, trainer), LAST)
 
     def explain(self) -> Explanation:
         """Saves only."""
@@ -138,8 +138,8 @@ class Snapshots(Callback):
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Refuse to train without a folder."""
-        _folder(self.folder, trainer)
+        """Refuse to train without a folder, and clear away what a killed process has left there half-written."""
+        _clear(_folder(self.folder, trainer), "epoch_*.pt")
 
     def explain(self) -> Explanation:
         """Saves only."""
@@ -366,6 +366,11 @@ def _folder(folder: str | Path | None, trainer: Trainer) -> Path:
     if chosen is None:
         raise UserError("checkpoints need a folder: give Trainer(folder=...), or leave the callbacks that save out.")
     return Path(chosen)
+
+
+def _clear(folder: Path, names: str) -> None:
+    if current().first:
+        remove_unfinished(folder, names)
 
 
 def _meta(trainer: Trainer) -> dict[str, object]:

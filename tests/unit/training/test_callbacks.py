@@ -191,6 +191,13 @@ def test_last_checkpoint_and_the_one_before_are_kept(make_trainer, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_killed_processes_left_half_written_is_cleared_away(make_trainer, tmp_path):
+    for name in (".last.pt.123.tmp", ".epoch_0007.pt.9.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    make_trainer(callbacks={"snapshots": Snapshots(every=2), "last": SaveLast()}, epochs=2, folder=tmp_path).fit()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_0002.pt", "last.pt", "notes.tmp", "previous.pt"]
+
+
 def test_own_folder_wins_and_the_last_epoch_is_always_saved(make_trainer, tmp_path):
     last = SaveLast(tmp_path / "own", every=2, keep_previous=False)
     make_trainer(callbacks={"last": last}, epochs=3, folder=tmp_path / "trainer").fit()
