@@ -300,6 +300,8 @@ class WeightAverage(Callback):
 class ClipWeights(Callback):
     """Clips every weight to [-maximum, maximum] before the first and after each step (Stutz et al., ICCV 2021).
 
+    Weights of auxiliary heads are left out, those of normalisation layers unless asked for; see `perturbable`.
+
     Args:
         maximum: > 0 (paper: 0.005, 0.01, 0.025).
         norm_layers: also clip scales and shifts of normalisation layers, as the paper's released code does;
