@@ -31,9 +31,12 @@ class Callback:
 
     Attributes:
         in_checkpoints: whether checkpoints hold its state; a run that was saved with such a callback needs it again.
+        changes_weights: such callbacks are called before the others, which so see the weights that training goes on
+            with.
     """
 
     in_checkpoints = True
+    changes_weights = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step; after a resume `load_state_dict` has been called already."""
@@ -312,6 +315,8 @@ class ClipWeights(Callback):
     Raises:
         UserError: if maximum is not positive, or for another timing.
     """
+
+    changes_weights = True
 
     def __init__(self, *, maximum: float, norm_layers: bool = False, timing: str = "after_step") -> None:
         require_range("maximum", maximum, low=0, low_open=True)

@@ -100,7 +100,7 @@ class Trainer:
         gradient: at which weights the gradient is taken.
         make_optimizer: model -> optimizer; see `optimizers`.
         make_schedule: (optimizer, total optimizer steps) -> learning-rate schedule; see `schedules`.
-        callbacks: by name, called in this order; an entry `None` is left out.
+        callbacks: by name, called in this order, first those that change weights; an entry `None` is left out.
         wrappers: by name, applied to the attack in this order: each takes an attack and returns one (half of the
             batch, predicted labels, ...; see `attacks.wrappers`). An entry `None` is left out.
         epochs: >= 1.
@@ -168,7 +168,8 @@ class Trainer:
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(self.optimizer, epochs * len(data))
-        self.callbacks = {name: c for name, c in (callbacks or {}).items() if c is not None}
+        used = [(name, callback) for name, callback in (callbacks or {}).items() if callback is not None]
+        self.callbacks = dict(sorted(used, key=lambda entry: not entry[1].changes_weights))
         self._team = Team(sync_batch_norm=sync_batch_norm, batch_size=getattr(data, "batch_size", None))
         if self._team.ranks.size > 1:
             require_shareable(self.attack)

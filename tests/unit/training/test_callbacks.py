@@ -155,6 +155,14 @@ def test_clipping_bounds_all_weights_but_those_of_norm_layers(make_trainer):
         assert state["1.weight"].abs().min() > 0.1
 
 
+def test_an_average_is_one_of_clipped_weights_wherever_it_stands(make_trainer):
+    callbacks = {"average": WeightAverage(decay=0.5), "clip": ClipWeights(maximum=0.02)}
+    trainer = make_trainer(callbacks=callbacks, make_optimizer=partial(sgd, lr=0.5))
+    trainer.fit()
+    clipped = {n: w for n, w in trainer.networks()["average"].named_parameters() if not n.startswith("1.")}
+    assert max(w.abs().max().item() for w in clipped.values()) <= 0.02
+
+
 def test_clipping_of_norm_layers_on_request(make_trainer):
     trainer = make_trainer(callbacks={"clip": ClipWeights(maximum=0.02, norm_layers=True)})
     trainer.fit()
