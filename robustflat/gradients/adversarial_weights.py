@@ -40,7 +40,8 @@ class AdversarialWeights:
             for AT, 10 for TRADES). Counted in the epochs that `follow` reports.
         statistics: which weights the running statistics are those of. "perturbed": w + nu, as in the AWP
             authors' code. "unperturbed": w, which are the weights evaluated later; the same cost.
-        norm_layers, biases: whether those weights are perturbed too; see `perturbable`.
+        norm_layers, biases: whether those weights are perturbed too; see `perturbable`. (The authors' code moves
+            tensors of more than one dimension only: `biases=False`.)
 
     Raises:
         UserError: for values outside these ranges.
