@@ -34,13 +34,14 @@ class AdversarialWeights:
     Args:
         ball: where nu may lie.
         steps: ascent steps, >= 1.
-        step_size: length of one step in units of the ball's radius, > 0, such as 0.01 for a relative step of
-            1 %; `None`: radius / steps.
+        step_size: length of one step, > 0, measured like the ball's radius: 0.01 is a step of 1 % of the norm where
+            the ball is relative. `None`: radius / steps.
         warmup_epochs: number of epochs, >= 0, that are trained with the plain gradient first (authors of AWP: 0
             for AT, 10 for TRADES). Counted in the epochs that `follow` reports.
         statistics: which weights the running statistics are those of. "perturbed": w + nu, as in the AWP
             authors' code. "unperturbed": w, which are the weights evaluated later; the same cost.
-        norm_layers, biases: whether those weights are perturbed too; see `perturbable`.
+        norm_layers, biases: whether those weights are perturbed too; see `perturbable`. (The authors' code moves
+            tensors of more than one dimension only: `biases=False`.)
 
     Raises:
         UserError: for values outside these ranges.

@@ -72,6 +72,8 @@ class EntropySgd:
         walk = f"w' <- w' - {self.inner_lr:g} (grad L(w') + {self.weight_decay:g} w' - gamma (w - w') + noise)"
         mean = f"mu <- {self.averaging:g} mu + {1 - self.averaging:g} w'"
         formula = f"g = w - mu, after L = {self.inner_steps} times {walk}, {mean}; gamma = {self.gamma:g}"
+        if self.gamma_growth:
+            formula += f" (1 + {self.gamma_growth:g})^t"
         note = f"noise {self.noise:g} / sqrt({self.inner_lr:g} / 2) N(0, 1); a new batch for each inner step"
         return Explanation(formula, "Chaudhari et al., ICLR 2017 (Entropy-SGD); Stutz et al., ICCV 2021", note=note)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from contextlib import ExitStack
 from functools import partial
 
@@ -43,7 +42,7 @@ class Rotation(TrainingLoss):
         super().__init__(attack_mode=attack_mode)
         require_range("weight", weight, low=0)
         self.weight = weight
-        self._views: weakref.WeakKeyDictionary[nn.Module, tuple[_Head, _Head]] = weakref.WeakKeyDictionary()
+        self._views: tuple[_Head, _Head] | None = None
 
     def explain(self) -> Explanation:
         """One pass of both halves of the batch, through both heads."""
@@ -95,14 +94,23 @@ class Rotation(TrainingLoss):
         """The network as seen through each head: modules in eval mode, else callables, whose mode attacks leave."""
         if self.attack_mode != "eval":
             return partial(_logits, model, 0), partial(_logits, model, 1)
-        if model not in self._views:
-            self._views[model] = (_Head(model, 0), _Head(model, 1))
-        for view in self._views[model]:
+        if self._views is None or self._views[0].model is not model:
+            self._views = _Head(model, 0), _Head(model, 1)  # kept, as attacks keep what they prepare for a module
+        for view in self._views:
             view.eval()
-        return self._views[model]
+        return self._views
 
     def __call__(self, model: nn.Module, batch: AdvBatch, generator: torch.Generator | None = None) -> LossTerms:
-        """Loss of a batch of `craft`; parts: loss, error (of unrotated x_adv), class_loss, rotation_loss, ..._error."""
+        """Loss of a batch of `craft`; parts: loss, error (of unrotated x_adv), class_loss, rotation_loss, ..._error.
+
+        Raises:
+            UserError: for an odd number of images, of which one kind would weigh more than the other.
+        """
+        if len(batch.y) % 2:
+            raise UserError(
+                f"self-supervision trains on an even number of images at once, got {len(batch.y)}: choose another "
+                "dataset.batch_size, or another number of micro_batches."
+            )
         pair = model(batch.x_adv, auxiliary=True)
         logits, turn_logits = at_least_float32(pair[0]), at_least_float32(pair[1])
         supervised = batch.y >= 0

@@ -35,6 +35,7 @@ def squared_path_norm(model: nn.Module, example: Tensor) -> float:
 
     That is the sum of the outputs of the network with squared weights and without biases on an image of ones. The
     first layer's standardisation (`Normalize`) is left out; batch norm counts as its scaling in eval mode, squared.
+    Pooling stays as it is: of the paths through a maximum only the largest counts, and a mean is not squared.
 
     Args:
         model: left as found.

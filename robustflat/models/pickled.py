@@ -134,9 +134,9 @@ def content_of(path: str | Path) -> object:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
-    if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-        raise CheckpointError(f"{path} is a TorchScript program, which is never loaded. Save its state_dict instead.")
     try:
+        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            raise CheckpointError("it is a TorchScript program, which is never loaded. Save its state_dict instead.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats and classes whose source changed
             content: object = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_module())
@@ -164,7 +164,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return all(one[n].shape == other[n].shape and torch.equal(one[n], other[n]) for n in one)
+    """Whether tensors of the same names have the same numbers, not-a-number counting as one."""
+    pairs = [(one[name], other[name]) for name in one]
+    return all(a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs)
 
 
 def _candidates(value: object, depth: int) -> Iterator[dict[str, Tensor]]:

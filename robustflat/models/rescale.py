@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from robustflat.errors import UserError, require_range
+from robustflat.models.consumers import alone
 from robustflat.models.modes import evaluating, is_norm_layer
 from robustflat.models.precision import device_of, dtype_of, exact_float32
 
@@ -37,9 +38,10 @@ class Rescaled(NamedTuple):
 
 @torch.no_grad()
 def normalized_layers(model: nn.Module, images: Tensor) -> dict[str, list[str]]:
-    """Names of the convolutions and linear layers whose output goes into a normalisation layer, and the names of those.
+    """Names of the convolutions and linear layers whose output goes into normalisation layers only, and their names.
 
-    They are found by watching one pass in eval mode, not by their names or order in the module tree.
+    They are found by watching passes in eval mode, not by their names or order in the module tree. A layer whose output
+    also goes around the normalisation, such as the first of a pre-activation network, is none.
 
     Args:
         model: any network; left as found.
@@ -69,7 +71,8 @@ def normalized_layers(model: nn.Module, images: Tensor) -> dict[str, list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-    return pairs
+    x = images.to(device_of(model), dtype_of(model))
+    return {name: norms for name, norms in pairs.items() if alone(model, x, [(name, norm) for norm in norms])}
 
 
 def rescaled(
@@ -100,22 +103,22 @@ def rescaled(
     pairs = normalized_layers(model, images)
     if not pairs:
         raise UserError(
-            f"{type(model).__name__} has no convolution or linear layer followed by a normalisation layer, so no "
+            f"{type(model).__name__} has no convolution or linear layer followed by a normalisation layer alone, so no "
             f"weights can be scaled without changing its function."
         )
     factors = dict(factor) if isinstance(factor, Mapping) else dict.fromkeys(pairs, float(factor))
     for name, value in factors.items():
         require_range(f"factor of {name}", value, low=0, low_open=True, high=math.inf, high_open=True)
         if name not in pairs:
-            raise UserError(f"No normalisation layer follows {name!r}. These can be scaled: {', '.join(pairs)}.")
+            raise UserError(f"No normalisation layer follows {name!r} alone. These can be scaled: {', '.join(pairs)}.")
     scaled = copy.deepcopy(model)
     for name, value in factors.items():
         _scale(scaled, name, pairs[name], value, absorb_epsilon)
     change = output_change(model, scaled, images)
     if not change <= tolerance:
         raise UserError(
-            f"Scaling changed the outputs by {change:.2g} of the largest logit (allowed: {tolerance:g}). Is the output "
-            f"of a scaled layer also used without normalisation, or is the factor too small for batch norm's epsilon?"
+            f"Scaling changed the outputs by {change:.2g} of the largest logit (allowed: {tolerance:g}). Are weights "
+            "of a scaled layer used in another place too, or is the factor too small for batch norm's epsilon?"
         )
     return Rescaled(scaled, factors, change)
 

@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robustflat.errors import CheckpointError, UserError, require_one_of, require_range
 from robustflat.explanation import Explanation
 from robustflat.models.modes import perturbable
+from robustflat.models.precision import device_of
 from robustflat.ranks import current
-from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, save
+from robustflat.training.checkpoint import LAST, PREVIOUS, load_into, remove_unfinished, save
 
 if TYPE_CHECKING:
     from robustflat.training.trainer import Trainer
@@ -30,9 +31,12 @@ class Callback:
 
     Attributes:
         in_checkpoints: whether checkpoints hold its state; a run that was saved with such a callback needs it again.
+        changes_weights: such callbacks are called before the others, which so see the weights that training goes on
+            with.
     """
 
     in_checkpoints = True
+    changes_weights = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Before the first step; after a resume `load_state_dict` has been called already."""
@@ -95,8 +99,8 @@ class SaveLast(Callback):
         self.keep_previous = keep_previous
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Refuse to train without a folder."""
-        _folder(self.folder, trainer)
+        """Refuse to train without a folder, and clear away what a killed process has left there half-written."""
+        _clear(_folder(self.folder, trainer), LAST)
 
     def explain(self) -> Explanation:
         """Saves only."""
@@ -137,8 +141,8 @@ class Snapshots(Callback):
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Refuse to train without a folder."""
-        _folder(self.folder, trainer)
+        """Refuse to train without a folder, and clear away what a killed process has left there half-written."""
+        _clear(_folder(self.folder, trainer), "epoch_*.pt")
 
     def explain(self) -> Explanation:
         """Saves only."""
@@ -159,7 +163,7 @@ class WeightAverage(Callback):
     Izmailov et al., UAI 2018; Gowal et al., 2020; in the paper tau is 0.9975. It starts as a copy of the
     weights. Batch norm's running statistics are averaged alike, whole-number buffers copied. (The paper's
     released code copies the statistics of the last weights, updates twice at the start of an epoch and forgets
-    the average on resume.) The average is in every checkpoint.
+    the average on resume.) The average is in every checkpoint. A training has one.
 
     Args:
         decay: tau in [0, 1); 0 follows the weights.
@@ -172,7 +176,7 @@ class WeightAverage(Callback):
         twice_per_epoch: update once more between two epochs, as in the released code.
 
     Raises:
-        UserError: for values outside these ranges.
+        UserError: for values outside these ranges; when training starts, if another callback averages too.
     """
 
     def __init__(
@@ -199,6 +203,12 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the average at the weights, or bring a loaded one to their device."""
+        averages = [name for name, callback in trainer.callbacks.items() if isinstance(callback, WeightAverage)]
+        if len(averages) > 1:
+            raise UserError(
+                f"{len(averages)} callbacks average weights ({', '.join(averages)}), but results have room for one "
+                "'average': leave the others out, or train them as runs of their own."
+            )
         self._live = trainer.model.state_dict()
         buffers = {name for name, _ in trainer.model.named_buffers()} if self.batch_norm == "copy" else set()
         self._copied = buffers | {name for name, w in self._live.items() if not w.is_floating_point()}
@@ -277,19 +287,23 @@ class WeightAverage(Callback):
             with torch.enable_grad():
                 batch = trainer.loss.craft(model, trainer.attack, next(trainer.data), trainer.streams["attack"])
             crafted.append(batch.x_adv)
-        momenta = [layer.momentum for layer in layers]
+        before = [(layer, layer.momentum, copy.deepcopy(layer.state_dict())) for layer in layers]
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # plain mean over all batches
         model.train()
         for x_adv in crafted:
             model(x_adv)
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum, state in before:
             layer.momentum = momentum
+            if not layer.num_batches_tracked:  # of a rotation head, say, which the class logits do not need
+                layer.load_state_dict(state)
 
 
 class ClipWeights(Callback):
     """Clips every weight to [-maximum, maximum] before the first and after each step (Stutz et al., ICCV 2021).
+
+    Weights of auxiliary heads are left out, those of normalisation layers unless asked for; see `perturbable`.
 
     Args:
         maximum: > 0 (paper: 0.005, 0.01, 0.025).
@@ -301,6 +315,8 @@ class ClipWeights(Callback):
     Raises:
         UserError: if maximum is not positive, or for another timing.
     """
+
+    changes_weights = True
 
     def __init__(self, *, maximum: float, norm_layers: bool = False, timing: str = "after_step") -> None:
         require_range("maximum", maximum, low=0, low_open=True)
@@ -343,9 +359,10 @@ class ClipWeights(Callback):
 @contextmanager
 def _borrowed_stream(trainer: Trainer) -> Iterator[None]:
     """Inside, training batches may be drawn; afterwards data stream and generators are where they were."""
-    data, streams = trainer.data.state_dict(), trainer.streams.state_dict()
+    data, streams, device = trainer.data.state_dict(), trainer.streams.state_dict(), device_of(trainer.model)
     try:
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from torch's own
+            yield
     finally:
         trainer.data.load_state_dict(data)
         trainer.streams.load_state_dict(streams)
@@ -356,6 +373,11 @@ def _folder(folder: str | Path | None, trainer: Trainer) -> Path:
     if chosen is None:
         raise UserError("checkpoints need a folder: give Trainer(folder=...), or leave the callbacks that save out.")
     return Path(chosen)
+
+
+def _clear(folder: Path, names: str) -> None:
+    if current().first:
+        remove_unfinished(folder, names)
 
 
 def _meta(trainer: Trainer) -> dict[str, object]:

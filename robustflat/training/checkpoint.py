@@ -51,6 +51,9 @@ def save(
 ) -> None:
     """Write a checkpoint atomically: at any moment the path holds the old file, the new one, or (new run) none.
 
+    With `keep` there is a moment at which the old file has moved there and the new one is not yet at the path; then
+    `load_newest` finds the old one.
+
     Args:
         path: file to write; its folder is made if needed.
         parts: part name -> tensors and plain values (numbers, text, None, lists, tuples, dictionaries), nested.
@@ -66,7 +69,7 @@ def save(
     _require_plain(content, "checkpoint")
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary(path.name, str(os.getpid())))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -88,6 +91,18 @@ def save(
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: str | Path, names: str) -> None:
+    """Delete what `save` had only begun to write when its process was killed; while no other process saves there.
+
+    Args:
+        folder: where to look; it need not exist.
+        names: of the files that were to be written, a pattern such as "epoch_*.pt".
+    """
+    for file in Path(folder).glob(_temporary(names, "*")):
+        with suppress(OSError):
+            file.unlink()
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -221,6 +236,10 @@ def _require_plain(value: object, where: str) -> None:
             f"{where} is a {type(value).__name__}; only tensors, numbers, text, None, lists, tuples and "
             "dictionaries can be stored."
         )
+
+
+def _temporary(name: str, process: str) -> str:
+    return f".{name}.{process}.tmp"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -40,10 +40,13 @@ class Profiling(Callback):
 
     def __init__(self, *, steps: int = 10, warmup: int = 3, trace: Path | None = None) -> None:
         self.recorder = StepProfiler(steps=steps, warmup=warmup, trace=trace)
+        self._started = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin to warm up."""
-        self.recorder.start()
+        """Begin to warm up, once: a rewind comes here again."""
+        if not self._started:
+            self.recorder.start()
+        self._started = True
 
     def after_step(self, trainer: Trainer) -> None:
         """Go one step on."""

@@ -100,7 +100,7 @@ class Trainer:
         gradient: at which weights the gradient is taken.
         make_optimizer: model -> optimizer; see `optimizers`.
         make_schedule: (optimizer, total optimizer steps) -> learning-rate schedule; see `schedules`.
-        callbacks: by name, called in this order; an entry `None` is left out.
+        callbacks: by name, called in this order, first those that change weights; an entry `None` is left out.
         wrappers: by name, applied to the attack in this order: each takes an attack and returns one (half of the
             batch, predicted labels, ...; see `attacks.wrappers`). An entry `None` is left out.
         epochs: >= 1.
@@ -168,7 +168,8 @@ class Trainer:
         self.model, self.data, self.loss, self.attack, self.gradient = model, data, loss, attack, gradient
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(self.optimizer, epochs * len(data))
-        self.callbacks = {name: c for name, c in (callbacks or {}).items() if c is not None}
+        used = [(name, callback) for name, callback in (callbacks or {}).items() if callback is not None]
+        self.callbacks = dict(sorted(used, key=lambda entry: not entry[1].changes_weights))
         self._team = Team(sync_batch_norm=sync_batch_norm, batch_size=getattr(data, "batch_size", None))
         if self._team.ranks.size > 1:
             require_shareable(self.attack)
@@ -234,7 +235,8 @@ class Trainer:
         """Continue from `state_dict` of a trainer of the same configuration.
 
         Raises:
-            CheckpointError: naming parts, callbacks or weights that are missing, left over or do not fit.
+            CheckpointError: naming parts, callbacks or weights that are missing, left over or do not fit; for random
+                streams of another kind of device, unless training has ended and draws nothing any more.
         """
         state = {"means": {}, **state}  # checkpoints of version 0.1.0 were written after an epoch only
         _require_same_names("parts", self.state_dict(), state)
@@ -245,7 +247,7 @@ class Trainer:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint's optimizer does not fit this one: {error}") from error
         self.schedule.load_state_dict(state["schedule"])
-        self.streams.load_state_dict(state["streams"])
+        self._load_streams(state)
         self.data.load_state_dict(state["data"])
         for name, callback in self._saved_callbacks.items():
             callback.load_state_dict(state["callbacks"][name])
@@ -255,6 +257,16 @@ class Trainer:
         self._means.load_state_dict(state["means"], self._device)
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.history = [dict(entry) for entry in state["history"]]
+
+    def _load_streams(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.streams.load_state_dict(state["streams"])
+        except RuntimeError as error:  # torch's generators on a GPU keep another kind of state than those on a CPU
+            if int(state["epoch"]) < self.epochs:
+                raise CheckpointError(
+                    f"the checkpoint holds random streams of another kind of device than {self.streams.device.type}, "
+                    "which cannot go on here: resume with the device of the interrupted run (device=cuda or cpu)."
+                ) from error
 
     @property
     def _saved_callbacks(self) -> dict[str, Callback]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +72,26 @@ def test_micro_batches_hold_both_kinds(batch):
     parts = Plain(micro_batches=4)(model, lambda: crafted, lambda piece: loss(model, piece))
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value)
+
+
+def test_parts_that_cannot_hold_as_many_of_each_kind_are_refused(batch):
+    """Their means would weigh unequally: of single images the gradient was half of the batch's."""
+    loss, model = Rotation(), network()
+    crafted = loss.craft(model, NoAttack(), batch, torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"even number of images at once, got 1: .*micro_batches"):
+        Plain(micro_batches=8)(model, lambda: crafted, lambda piece: loss(model, piece))
+
+
+def test_no_network_outlives_its_last_use(batch):
+    loss = Rotation()
+    for _ in range(2):  # as copies of a network for an average of its weights come and go
+        model = network()
+        loss.craft(model, Pgd(LinfBall(0.1), steps=1, step_size=0.1), batch)
+    gone = weakref.ref(model)
+    del model
+    loss.craft(network(), Pgd(LinfBall(0.1), steps=1, step_size=0.1), batch)
+    gc.collect()
+    assert gone() is None
 
 
 REFUSED = {

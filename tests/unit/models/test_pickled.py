@@ -95,6 +95,21 @@ def test_a_tensor_outside_of_its_data_is_refused(tmp_path):
         state_dict_of(tmp_path / "net.pt")
 
 
+def test_a_damaged_table_of_contents_is_named(tmp_path, network):
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    content = bytearray((tmp_path / "net.pt").read_bytes())
+    content[content.rindex(b"PK\x01\x02")] = 0
+    (tmp_path / "net.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"net.pt is damaged"):
+        state_dict_of(tmp_path / "net.pt")
+
+
+def test_numbers_that_are_none_make_one_network_no_two(tmp_path):
+    state = {"w": torch.tensor([1.0, float("nan")])}
+    torch.save({"model": state, "copy": {"w": state["w"].clone()}}, tmp_path / "net.pt")
+    torch.testing.assert_close(state_dict_of(tmp_path / "net.pt"), state, equal_nan=True)
+
+
 def test_files_without_a_network_are_named(tmp_path):
     torch.save({"epoch": 3, "by": Unknown()}, tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match="holds no network"):

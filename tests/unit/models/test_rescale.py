@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.models.preact_resnet import preact_resnet18
 from robustflat.models.rescale import normalized_layers, output_change, rescaled, rescaled_like
 from robustflat.models.resnet import resnet18
 from tests.unit.flatness.networks import convnet, examples
@@ -27,6 +28,17 @@ def test_every_convolution_of_a_residual_network_is_found_by_watching_it() -> No
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     assert list(found) and set(found) == set(convolutions)
     assert rescaled(model, 2.0, torch.rand(2, 3, 8, 8)).change < 1e-4
+
+
+def test_a_layer_whose_output_goes_around_its_norm_too_stays_as_it_is() -> None:
+    model = preact_resnet18(classes=3, in_channels=1, channels=4)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 3.0)
+    scaled = rescaled(model, 2.0, torch.rand(2, 1, 8, 8))
+    assert scaled.change < 1e-5
+    assert set(scaled.factors) == {f"body.blocks.{n}.conv1" for n in range(8)}
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -85,7 +97,7 @@ class Leaky(nn.Module):
 
 
 def test_outputs_that_change_are_refused() -> None:
-    with pytest.raises(UserError, match="also used without normalisation"):
+    with pytest.raises(UserError, match="followed by a normalisation layer alone"):
         rescaled(Leaky().eval(), 2.0, IMAGES)
 
 

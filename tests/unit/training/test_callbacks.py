@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from robustflat.attacks.pgd import NoAttack
 from robustflat.data.images import to_unit_range
@@ -59,17 +60,18 @@ def test_without_decay_the_average_is_the_model_bit_for_bit(make_trainer, same_s
     assert same_state(dict(average.averaged_model(trainer).state_dict()), dict(trainer.model.state_dict()))
 
 
-def test_averaging_does_not_change_the_training(make_trainer, same_state):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_averaging_does_not_change_the_training(make_trainer, make_network, same_state, dropout):
     states = []
     for callbacks in ({}, {"average": WeightAverage()}, {"average": WeightAverage(batch_norm="recalibrate")}):
         torch.manual_seed(0)
-        trainer = make_trainer(callbacks=callbacks, epochs=2)
+        trainer = make_trainer(model=make_network(dropout), callbacks=callbacks, epochs=2)
         if callbacks:
             trainer.callbacks["peek"] = Peek()
         trainer.fit()
         states.append(trainer.state_dict())
     for state in states[1:]:
-        for part in ("model", "optimizer", "streams", "data"):
+        for part in ("model", "optimizer", "streams", "data", "random"):
             assert same_state(states[0][part], state[part])
 
 
@@ -107,9 +109,30 @@ def test_recalibrated_statistics_are_those_of_the_training_images(make_trainer, 
     assert not torch.allclose(found[1].running_mean, kept.averaged_model(trainer)[1].running_mean)
 
 
+def test_recalibration_keeps_statistics_of_layers_that_see_no_batch(make_trainer, make_network):
+    """Such as those of a rotation head, which the class logits do not need."""
+    model = make_network()
+    model.spare = nn.BatchNorm1d(2)
+    model.spare.running_mean.fill_(3.0)
+    model.spare.forward = lambda x: x
+    average = WeightAverage(batch_norm="recalibrate", calibration_batches=2)
+    trainer = make_trainer(model=model, callbacks={"average": average})
+    trainer.fit()
+    found = average.averaged_model(trainer)
+    assert found.spare.running_mean.tolist() == [3.0, 3.0]
+    assert found[1].num_batches_tracked == 2
+
+
 def test_average_before_training_is_refused(make_trainer):
     with pytest.raises(UserError, match="no weight average yet"):
         WeightAverage().averaged_model(make_trainer())
+
+
+def test_a_second_average_which_would_hide_the_first_is_refused(make_trainer):
+    trainer = make_trainer(callbacks={"slow": WeightAverage(decay=0.99), "fast": WeightAverage(decay=0.9)})
+    with pytest.raises(UserError, match=r"2 callbacks average weights \(slow, fast\)"):
+        trainer.fit()
+    assert trainer.step == 0
 
 
 def test_average_of_another_model_is_refused(make_trainer):
@@ -130,6 +153,14 @@ def test_clipping_bounds_all_weights_but_those_of_norm_layers(make_trainer):
         assert max(state[name].abs().max().item() for name in clipped) <= 0.02
         assert any((state[name].abs() == 0.02).any() for name in clipped)
         assert state["1.weight"].abs().min() > 0.1
+
+
+def test_an_average_is_one_of_clipped_weights_wherever_it_stands(make_trainer):
+    callbacks = {"average": WeightAverage(decay=0.5), "clip": ClipWeights(maximum=0.02)}
+    trainer = make_trainer(callbacks=callbacks, make_optimizer=partial(sgd, lr=0.5))
+    trainer.fit()
+    clipped = {n: w for n, w in trainer.networks()["average"].named_parameters() if not n.startswith("1.")}
+    assert max(w.abs().max().item() for w in clipped.values()) <= 0.02
 
 
 def test_clipping_of_norm_layers_on_request(make_trainer):
@@ -166,6 +197,13 @@ def test_last_checkpoint_and_the_one_before_are_kept(make_trainer, tmp_path):
     assert load(tmp_path / "last.pt").parts["epoch"] == 3
     assert load(tmp_path / "previous.pt").parts["epoch"] == 2
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_killed_processes_left_half_written_is_cleared_away(make_trainer, tmp_path):
+    for name in (".last.pt.123.tmp", ".epoch_0007.pt.9.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    make_trainer(callbacks={"snapshots": Snapshots(every=2), "last": SaveLast()}, epochs=2, folder=tmp_path).fit()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_0002.pt", "last.pt", "notes.tmp", "previous.pt"]
 
 
 def test_own_folder_wins_and_the_last_epoch_is_always_saved(make_trainer, tmp_path):

@@ -60,3 +60,17 @@ def test_every_phase_of_a_step_is_found(make_trainer):
     assert abs(phases["share"].sum() - 1) < 1e-9
     operators = profiling.recorder.operators().set_index("operator")
     assert operators.loc["aten::convolution", "calls"] == 3 + 1  # PGD-2: at each of three iterates; and scoring
+
+
+def test_a_rewind_does_not_begin_the_record_again(make_trainer):
+    """Whatever goes back to an earlier epoch lets all callbacks begin anew."""
+
+    class BeginAgain(Callback):
+        def after_step(self, trainer):
+            if trainer.step in (2, 5):
+                for callback in trainer.callbacks.values():
+                    callback.on_fit_start(trainer)
+
+    profiling = Profiling(steps=2, warmup=1)
+    make_trainer(callbacks={"again": BeginAgain(), "profile": profiling}).fit()
+    assert profiling.recorder.steps == 2

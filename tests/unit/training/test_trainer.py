@@ -364,6 +364,29 @@ def test_checkpoint_with_other_callbacks_names_them(make_trainer):
         make_trainer(callbacks={"clip": Callback()}).load_state_dict(state)
 
 
+def of_another_device(state):
+    """The state with random streams as a GPU writes them: seed and offset, 16 bytes each."""
+    streams = {name: torch.zeros(16, dtype=torch.uint8) for name in state["streams"]["states"]}
+    return {**state, "streams": {**state["streams"], "states": streams}}
+
+
+def test_a_run_begun_on_another_device_says_where_it_can_go_on(make_trainer):
+    begun = make_trainer(epochs=2)
+    begun.epochs = 1
+    begun.fit()
+    with pytest.raises(CheckpointError, match="random streams of another kind of device than cpu"):
+        make_trainer(epochs=2).load_state_dict(of_another_device(begun.state_dict()))
+
+
+def test_a_run_that_ended_on_another_device_can_be_evaluated_on_this_one(make_trainer, same_state):
+    ended, here = make_trainer(), make_trainer()
+    ended.fit()
+    here.load_state_dict(of_another_device(ended.state_dict()))
+    here.fit()
+    assert here.epoch == 2
+    assert same_state(dict(here.model.state_dict()), dict(ended.model.state_dict()))
+
+
 def test_checkpoint_of_another_length_is_refused(make_trainer):
     state = make_trainer(epochs=2).state_dict()
     with pytest.raises(CheckpointError, match="schedule has 6 steps, ours 9"):
