@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robustflat.errors import UserError
-from robustflat.models.inference import _LINEAR, BatchNorm, Linear, rectify_in_place_, scale_and_shift
+from robustflat.models.inference import _LINEAR, BatchNorm, Linear, scale_and_shift
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.norms import ReBatchNorm
+from robustflat.models.rectifiers import rectify_in_place_
 from robustflat.models.slots import ParameterSlots
 
 WeightsForward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -102,9 +103,7 @@ class FoldedForward:
             with self._slots.filled(leaves):
                 return self._network(x.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
-        with torch.no_grad():
-            before = logits(example)
-        rectify_in_place_(self._network, logits, example, before, list(leaves.values()))
+        rectify_in_place_(self._network, logits, example, list(leaves.values()))
         return self
 
 

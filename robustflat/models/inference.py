@@ -9,7 +9,7 @@ import copy
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_one_of
+from robustflat.models.consumers import alone
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
+from robustflat.models.rectifiers import TOLERANCE, close, rectify_in_place_
 
 PRECISIONS = ("fp32", "bf16")
 """Arithmetic of a rewritten network; bf16 keeps the normalisation of images and the logits in float32."""
@@ -30,8 +32,6 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | ReBatc
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ReBatchNorm)
 
-# Largest difference of logits, relative to the largest logit, that folding may make: rounding, and no more.
-_TOLERANCE = 1e-3
 # Beyond this a half-precision copy no longer resembles the network, and a search with it would be wasted.
 _HALF_TOLERANCE = 0.25
 
@@ -108,7 +108,7 @@ def rewrite(
     folds: tuple[tuple[str, str], ...] = ()
     if fold_batch_norm:
         network, folds = _folded_or_not(model, network, example, plain, notes)
-    rectify_in_place_(network, network, example, plain)
+    rectify_in_place_(network, network, example)
     _pool_in_order_(network)
     channels_last = channels_last and _to_channels_last_(network, example, notes)
     dtype = example.dtype
@@ -117,7 +117,7 @@ def rewrite(
         notes.append("bf16, with images normalised and logits computed in float32")
     result = InferenceModel(network, dtype=dtype, channels_last=channels_last, notes=tuple(notes), folds=folds)
     result.eval().requires_grad_(False)
-    if precision == "bf16" and check_half and not _close(_logits(result, example), plain, _HALF_TOLERANCE):
+    if precision == "bf16" and check_half and not close(_logits(result, example), plain, _HALF_TOLERANCE):
         raise UserError("In bf16 this model's logits differ by more than a quarter: use precision fp32.")
     return result
 
@@ -173,44 +173,11 @@ def _folded_or_not(
         assert isinstance(norm, _BATCH_NORM)
         _fold_(linear, norm)
         network.set_submodule(norm_path, nn.Identity())
-    if pairs and not _close(_logits(network, example), plain, _TOLERANCE):
+    if pairs and not close(_logits(network, example), plain, TOLERANCE):
         notes.append("batch norm left as it is: folding it changed the logits")
         return _copy(model), ()
     notes.append(f"{len(pairs)} of {total} batch norms folded" if total else "no batch norm to fold")
     return network, tuple(pairs)
-
-
-def rectify_in_place_(
-    network: nn.Module,
-    logits_of: Callable[[Tensor], Tensor],
-    example: Tensor,
-    before: Tensor,
-    leaves: Sequence[Tensor] = (),
-) -> None:
-    """Let ReLU layers overwrite their input where that changes neither logits nor what autograd can do.
-
-    Args:
-        network: holds the layers.
-        logits_of: how it is called on images like `example`, in eval mode.
-        example: a few images.
-        before: their logits.
-        leaves: what is differentiated with respect to besides the images.
-    """
-    rectifiers = [m for m in network.modules() if type(m) is nn.ReLU and not m.inplace]
-    for rectifier in rectifiers:
-        rectifier.inplace = True
-    try:
-        with torch.no_grad():
-            fine = _close(logits_of(example), before, _TOLERANCE)
-        with torch.enable_grad():
-            point = example.detach().clone().requires_grad_()
-            logits = logits_of(point)
-            if logits.requires_grad:
-                torch.autograd.grad(logits.sum(), [point, *leaves], allow_unused=True)
-    except RuntimeError:  # autograd needs the input of one of them
-        fine = False
-    for rectifier in rectifiers:
-        rectifier.inplace = fine
 
 
 class _MeanOfPixels(nn.Module):
@@ -244,11 +211,6 @@ def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) ->
     return True
 
 
-def _close(logits: Tensor, plain: Tensor, tolerance: float) -> bool:
-    difference = (logits.double() - plain.double()).abs().max()
-    return bool(difference <= tolerance * plain.double().abs().max().clamp_min(1e-6))
-
-
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Paths of (linear layer, batch norm) where the first one's output is the second one's input."""
     made_by: dict[tuple[int, int], str] = {}  # (identity, version) of a tensor; the events keep it alive
@@ -264,7 +226,8 @@ def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         if isinstance(event.module, _LINEAR):
             made_by[id(event.given), event.given_version] = event.path
     shared = _shared(network)
-    return [pair for pair in pairs if all(calls[path] == 1 and path not in shared for path in pair)]
+    found = [pair for pair in pairs if all(calls[path] == 1 and path not in shared for path in pair)]
+    return found if alone(network, example, found) else [pair for pair in found if alone(network, example, [pair])]
 
 
 class _Event(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from robustflat.models.mirror import Mirror
+from robustflat.models.preact_resnet import preact_resnet18
 from robustflat.models.resnet import resnet_tiny
 from robustflat.models.small import mlp
 
@@ -61,3 +62,16 @@ def test_refreshing_leaves_the_network_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in copy.parameters())
+
+
+def test_what_goes_around_a_batch_norm_too_is_not_folded_into_it() -> None:
+    """Untrained batch norm hardly differs from the identity, so that the first logits cannot tell."""
+    model = preact_resnet18(classes=3, in_channels=1, channels=4).eval()
+    x = torch.rand(4, 1, 8, 8)
+    mirror = Mirror(model, x[:2])
+    assert ("body.blocks.0.conv1", "body.blocks.0.norm2") in mirror.copy.folds
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 3.0)
+    torch.testing.assert_close(mirror.refreshed()(x), model(x), rtol=1e-4, atol=1e-5)
