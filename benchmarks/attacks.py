@@ -108,7 +108,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, norm: str, given: argpars
         """What this run did; it depends on when examples break."""
         return image * sum(record.forwards + record.backwards for record in result.attacks)
 
-    ways = {"pyautoattack": Way(theirs)}
+    ways = {"pyautoattack": Way(theirs, as_scripts=True)}
     for search in given.searches:
         goal = GOALS.get(search) if norm == "linf" else None
         ways[f"ours, {search}"] = Way(
@@ -131,7 +131,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, searches: list[str]) -> dict[str
         return attack(model, x, y, generator=generator_for(0, device=x.device)).x_adv
 
     need = (2 * STEPS + 1) * forward_gflop(model, x)
-    ways = {"foolbox": Way(theirs, gflop=need)}
+    ways = {"foolbox": Way(theirs, gflop=need, as_scripts=True)}
     for search in searches:
         ways[f"ours, {search}"] = Way(lambda search=search: ours(search), gflop=need, half=search == "bf16")
     return ways

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
-from benchmarks.harness import RESULTS, on_cuda, read_results
+from benchmarks.harness import RESULTS, read_results
+from benchmarks.timing import on_cuda
 
 Results = Mapping[str, Mapping[str, Any]]
 ENOUGH_ROUNDS = 3

@@ -65,7 +65,7 @@ def contestants(model: nn.Module, batch: Batch) -> dict[str, Way]:
         "ours, next": Way(lambda: products(vector), goal=GOAL, gflop=6 * forward),
     }
     theirs = peer(model, batch, vector)
-    return ways | ({} if theirs is None else {"curvlinops": Way(theirs, gflop=9 * forward)})
+    return ways | ({} if theirs is None else {"curvlinops": Way(theirs, gflop=9 * forward, as_scripts=True)})
 
 
 def peer(model: nn.Module, batch: Batch, vector: Tensor) -> Callable[[], Tensor] | None:

@@ -27,7 +27,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
-from benchmarks.harness import Report, Way, in_turn, parser
+from benchmarks.harness import Report, Way, parser
+from benchmarks.timing import in_turn
 from robustflat.attacks.pgd import Pgd
 from robustflat.data.augment import AutoAugment, Cutout, Flip, PadCrop
 from robustflat.data.hdf5 import write_set

@@ -92,7 +92,11 @@ def average(subject: Subject, given: argparse.Namespace) -> dict[str, Way]:
         return measured(AverageFlatness(trials=trials, attack=attack, search=search), subject)
 
     few = min(given.steps, 2)
-    ways = {"literal": Way(lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few))}
+    ways = {
+        "literal": Way(
+            lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few), as_scripts=True
+        )
+    }
     for search in given.search:
         ways[f"ours, {search}"] = Way(
             lambda search=search: ours(search, given.trials, given.steps),
@@ -117,7 +121,11 @@ def worst(subject: Subject, given: argparse.Namespace) -> dict[str, Way]:
         return measured(WorstFlatness(restarts=restarts, steps=steps, search=search), subject)
 
     few = min(given.steps, 2)
-    ways = {"literal": Way(lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few))}
+    ways = {
+        "literal": Way(
+            lambda: literal(given.trials, given.steps), gflop=need, brief=lambda: literal(1, few), as_scripts=True
+        )
+    }
     for search in given.search:
         ways[f"ours, {search}"] = Way(
             lambda search=search: ours(search, given.trials, given.steps),

@@ -21,14 +21,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.timing import Timing, in_turn, keeping_memory, on_cuda
 from robustflat.models.inference import keep_freed_memory
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -47,6 +47,7 @@ class Way:
             result; `None`: not stated.
         half: whether these are done in bf16, whose limit is another.
         brief: a shorter run with the same peak memory; `None`: `run`.
+        as_scripts: run as scripts do, which give freed memory back to the system; our commands keep it.
     """
 
     run: Callable[[], object]
@@ -54,75 +55,7 @@ class Way:
     gflop: float | Callable[[Any], float] | None = None
     half: bool = False
     brief: Callable[[], object] | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one way in seconds: medians of processor and wall-clock time, and the spread of the one that counts."""
-
-    processor: float
-    wall: float
-    spread: float
-    rounds: int
-    result: Any = field(default=None, repr=False, compare=False)
-
-    def seconds(self, device: str) -> float:
-        """The figure to compare: processor time, or wall-clock time where an accelerator works."""
-        return self.wall if on_cuda(device) else self.processor
-
-
-def on_cuda(device: str | torch.device) -> bool:
-    """Whether a device is a CUDA card."""
-    return torch.device(device).type == "cuda"
-
-
-def synchronize(device: str | torch.device = "cpu") -> None:
-    """Wait for an accelerator; nothing to do on a CPU."""
-    if on_cuda(device):
-        torch.cuda.synchronize()
-
-
-def in_turn(
-    runs: Mapping[str, Callable[[], object]], rounds: int, *, device: str = "cpu", warm: bool = True
-) -> dict[str, Timing]:
-    """Run all ways `rounds` times, one after the other each time, so that a change of the machine hits all alike.
-
-    Args:
-        runs: by name.
-        rounds: >= 1.
-        device: waited for before a clock is read.
-        warm: run each once before; the result is then of that run, otherwise of the first timed one.
-    """
-    results = {name: run() for name, run in runs.items()} if warm else {}
-    busy: dict[str, list[float]] = {name: [] for name in runs}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            synchronize(device)
-            start, start_busy = time.perf_counter(), processor_seconds()
-            result = run()
-            synchronize(device)
-            wall[name].append(time.perf_counter() - start)
-            busy[name].append(processor_seconds() - start_busy)
-            results.setdefault(name, result)
-    spreads = wall if on_cuda(device) else busy
-    return {
-        name: Timing(median(busy[name]), median(wall[name]), _spread(spreads[name]), rounds, results[name])
-        for name in runs
-    }
-
-
-def processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _spread(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2
+    as_scripts: bool = False
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> float:
@@ -218,12 +151,15 @@ class Report:
     Attributes:
         memory: whether peak memory is measured too.
         goals: whether goals are stated; they are meant for certain sizes.
+        apart: whether ways run in two processes, one for those that run as scripts do (CPU, one thread); otherwise all
+            run in this one and keep the memory they free.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.device, self.rounds, self.path = str(given.device), int(given.rounds), Path(given.results)
         self.memory, self.goals = bool(given.memory), True
         torch.set_num_threads(given.threads)
+        self.apart = not on_cuda(self.device) and int(given.threads) == 1 and hasattr(os, "fork")
 
     def compare(
         self,
@@ -249,8 +185,7 @@ class Report:
             What is stored, by way.
         """
         memory = {n: peak_memory(way.brief or way.run, self.device) for n, way in ways.items()} if self.memory else {}
-        keep_freed_memory()  # as the commands do; for all alike
-        timings = in_turn({n: way.run for n, way in ways.items()}, self.rounds, device=self.device, warm=warm)
+        timings = self._timings(ways, warm=warm)
         found = judge({name: timing.result for name, timing in timings.items()}) if judge else {}
         base = next(iter(timings.values())).seconds(self.device)
         rows: dict[str, dict[str, Any]] = {}
@@ -266,6 +201,14 @@ class Report:
         self._print(title, rows, cost or "times as fast", work[1] if work else "")
         self._store(title, rows, cost)
         return rows
+
+    def _timings(self, ways: Mapping[str, Way], *, warm: bool) -> dict[str, Timing]:
+        runs = {name: way.run for name, way in ways.items()}
+        if not self.apart:
+            keep_freed_memory()
+            return in_turn(runs, self.rounds, device=self.device, warm=warm)
+        with keeping_memory({name: run for name, run in runs.items() if not ways[name].as_scripts}) as kept:
+            return in_turn(runs | kept, self.rounds, warm=warm)
 
     def compare_memory(self, title: str, ways: Mapping[str, Way], goals: Mapping[str, float]) -> None:
         """Peak memory of ways as a share of the first's; a goal is the largest share allowed."""

@@ -78,7 +78,7 @@ def lines(model: nn.Module, x: Tensor, y: Tensor, *, points: int, steps: int, se
         return landscape(model, x, y, directions=[direction], batch_size=len(x))
 
     few = min(steps, 2)
-    ways = {"literal": Way(lambda: literal(points, steps), gflop=need, brief=lambda: literal(3, few))}
+    ways = {"literal": Way(lambda: literal(points, steps), gflop=need, brief=lambda: literal(3, few), as_scripts=True)}
     for search in searches:
         ways[f"ours, {search}"] = Way(
             lambda search=search: ours(search, points, steps),

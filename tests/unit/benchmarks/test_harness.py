@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,10 +13,11 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Report, Way, in_turn, parser, ratio_reached
+from benchmarks import harness, timing
+from benchmarks.harness import Report, Way, parser, ratio_reached
 from benchmarks.literal import literal_ascent, literal_pgd, losses_at
 from benchmarks.subjects import counted_gflop, forward_gflop, made_up
+from benchmarks.timing import in_turn
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,15 +30,17 @@ def report(tmp_path, monkeypatch):
     given = Namespace(
         device="cpu", rounds=3, results=tmp_path / "results.json", memory=False, threads=torch.get_num_threads()
     )
-    return Report(given)
+    result = Report(given)
+    result.apart = False  # clocks of these tests stand in this process
+    return result
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Clocks that stand still: ways move them by hand."""
     now = {"wall": 0.0, "busy": 0.0}
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: now["wall"])
-    monkeypatch.setattr(harness, "processor_seconds", lambda: now["busy"])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(timing, "processor_seconds", lambda: now["busy"])
     return now
 
 
@@ -69,6 +73,31 @@ def test_ways_take_turns_and_medians_and_quartiles_count(clock):
 def test_without_warming_up_the_result_is_that_of_the_first_timed_run():
     results = iter(["first", "second"])
     assert in_turn({"a": lambda: next(results)}, 2, warm=False)["a"].result == "first"
+
+
+def test_ways_as_scripts_run_here_and_others_in_a_process_that_keeps_memory(report, monkeypatch):
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: monkeypatch.setenv("KEPT", "yes"))
+    report.apart, found = True, {}
+
+    def judge(results):
+        found.update(results)
+        return {}
+
+    def run():
+        return os.getpid(), os.environ.get("KEPT"), torch.arange(3)
+
+    report.compare("two processes", {"script": Way(run, as_scripts=True), "ours": Way(run)}, judge=judge)
+    assert found["script"][:2] == (os.getpid(), None)
+    assert found["ours"][0] != os.getpid()
+    assert found["ours"][1] == "yes"
+    assert torch.equal(found["ours"][2], torch.arange(3))
+
+
+def test_a_way_that_fails_in_its_process_ends_the_benchmark(report, capfd):
+    report.apart = True
+    with pytest.raises(SystemExit, match="ours: failed"):
+        report.compare("failing", {"ours": Way(lambda: 1 / 0)})
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_comparison_says_ratio_goal_rate_share_and_value(report, clock, capsys):
