@@ -85,7 +85,7 @@ class InterpolationBarrier(Measure):
         model.load_state_dict(state)
         again = self.batch_norm == "recalibrate"
         with recalibrated(model, surface.found.batches) if again else nullcontext():
-            losses = surface.of(model).losses({})
+            losses = surface.of(model).losses()
         surface.passes += 2 if again else 1
         return losses
 

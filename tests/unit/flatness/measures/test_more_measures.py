@@ -177,6 +177,21 @@ def test_logit_normalised_measures_are_those_of_the_wrapped_network() -> None:
         assert found.passes == wrapped.passes and "ICML 2023" in found.source
 
 
+@pytest.mark.parametrize("measure", [LogitNormalized(AdaptiveAverage(1e-9, 2)), SamSharpness(1e-9, m=4)])
+def test_a_rise_of_the_attacked_loss_is_one_above_the_same_attack_at_the_weights_themselves(
+    measure: SharpnessMeasure,
+) -> None:
+    model, (x, y) = convnet(dtype=torch.float64), examples(12, torch.float64)
+    attack = Pgd(LinfBall(0.1), steps=2, step_size=0.03)  # random starts, and not yet at the strongest images
+    surface = LossSurface(model, x, y, loss="robust", attack=attack, batch_size=5)
+    assert read(measure, surface).value == pytest.approx(0, abs=1e-7)  # the displacement is next to nothing
+
+
+def test_a_measure_that_needs_another_network_is_not_taken_on_normalised_logits() -> None:
+    with pytest.raises(UserError, match="InterpolationBarrier compares with another network"):
+        LogitNormalized(InterpolationBarrier())
+
+
 def test_the_error_over_examples_is_that_of_their_mean_rises() -> None:
     model, (x, y) = convnet(dtype=torch.float64), examples(30, torch.float64)
     surface = LossSurface(model, x, y)
