@@ -370,8 +370,8 @@ def _moved_towards(ends: Sequence[tuple[Tensor, Tensor]], s: float) -> Iterator[
     """Inside, tensors of the model are (1 - s) times their own value plus s times the target's, exact at the ends."""
     before = [own.clone() for own, _ in ends]
     try:
-        for own, other in ends:
-            own.copy_(torch.lerp(own, other, s))
+        for (own, other), kept in zip(ends, before, strict=True):
+            own.copy_(torch.lerp(kept, other, s))  # from the copy: two names may mean one tensor
         yield
     finally:
         for (own, _), kept in zip(ends, before, strict=True):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustflat.attacks.pgd import Pgd
 from robustflat.errors import DataError, UserError
@@ -135,6 +135,25 @@ def test_the_path_to_another_network_ends_there_with_its_statistics() -> None:
     again = Landscape(loss="clean", points=5).path(one, two.state_dict(), x, y, batch_norm="recalibrate")
     assert not torch.equal(again.losses, result.losses)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
+
+
+def test_a_weight_with_two_names_goes_along_the_path_once() -> None:
+    class Shared(nn.Module):
+        """p(class 0) is sigmoid(w^2 * pixel), w standing for both factors."""
+
+        def __init__(self, w: float) -> None:
+            super().__init__()
+            self.one = self.two = nn.Parameter(torch.tensor([w], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.one * self.two * x[:, 0, 0, 0]
+            return torch.stack([z, torch.zeros_like(z)], dim=1)
+
+    first = Shared(1.0)
+    result = Landscape(loss="clean", points=5).path(first, Shared(3.0).state_dict(), *one_image())
+    w = torch.linspace(1, 3, 5, dtype=torch.float64)
+    assert torch.allclose(result.losses[0], torch.log1p(torch.exp(-0.5 * w.square())), atol=1e-12)
+    assert first.one.item() == 1.0
 
 
 def test_a_path_between_different_architectures_names_both_shapes() -> None:
