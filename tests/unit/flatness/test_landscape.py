@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -251,9 +252,17 @@ def test_a_landscape_comes_back_from_its_file(tmp_path) -> None:
     again = LandscapeResult.load(result.save(tmp_path / "deep" / "lines.npz"))
     assert torch.equal(again.losses, result.losses) and again.settings == result.settings and again.kind == "lines"
     assert "loss clean" in str(again)
-    (tmp_path / "broken.npz").write_bytes(b"nothing")
+    whole, broken = (tmp_path / "deep" / "lines.npz").read_bytes(), tmp_path / "broken.npz"
+    at = whole.index(b"losses.npy") + 60  # within the compressed array
+    flipped = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+    for content in (b"nothing", b"", whole[:50], whole[:-30], flipped):
+        broken.write_bytes(content)
+        with pytest.raises(DataError, match="is not a stored landscape"):
+            LandscapeResult.load(broken)
+    with broken.open("wb") as file:
+        np.save(file, result.losses.numpy())  # one array, not several
     with pytest.raises(DataError, match="is not a stored landscape"):
-        LandscapeResult.load(tmp_path / "broken.npz")
+        LandscapeResult.load(broken)
     with pytest.raises(UserError, match="is stored as"):
         result.save(tmp_path / "lines.h5")
 
