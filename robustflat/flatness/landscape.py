@@ -169,8 +169,10 @@ class Landscape:
         Losses (S, S): entry (i, j) is at w + steps[i] * first + steps[j] * second.
 
         Raises:
-            UserError: as for lines.
+            UserError: as for lines; or if other than two directions are given.
         """
+        if directions is not None and len(directions) != 2:
+            raise UserError(f"A plane has two directions, got {len(directions)}.")
         steps, known = self._steps(), {} if done is None else done
         found = self._subject(model, images, labels, batch_size)
         (first, second), source = self._ready(found, directions, 2)

@@ -274,6 +274,8 @@ def test_wrong_options_and_directions_are_refused() -> None:
         Landscape(loss="clean", attack=Pgd(LinfBall(0.1), steps=1, step_size=0.1))
     with pytest.raises(UserError, match="directions is empty"):
         Landscape(loss="clean")(convnet(), *examples(2), directions=[])
+    with pytest.raises(UserError, match="A plane has two directions, got 1"):
+        Landscape(loss="clean", points=3).plane(convnet(), *examples(2), directions=({},))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="names and shapes of the weights"):
         Landscape(loss="clean")(convnet(), *examples(2), directions=[{"0.weight": torch.zeros(1)}])
     with pytest.raises(UserError, match="points must be odd"):
