@@ -16,7 +16,7 @@ from robustflat.attacks.objectives import cross_entropy, predicted_wrong
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import SEARCHES, judged_logits, strongest
 from robustflat.errors import UserError, require_one_of, require_range
-from robustflat.flatness.batch_norm import recalibrated, statistic_layers
+from robustflat.flatness.batch_norm import recalibrated
 from robustflat.flatness.direction_sources import DirectionSource, RandomDirections
 from robustflat.flatness.directions import direction_to, normalisation_names, normalised
 from robustflat.flatness.hessian import frozen_batches
@@ -216,7 +216,7 @@ class Landscape:
         found = subject(model, batches, norm_layers=True, biases=True)
         ends = _path_ends(model, target)
         whole = direction_to(found.weights, target)
-        recalibrate = batch_norm == "recalibrate" and bool(statistic_layers(model))
+        recalibrate = batch_norm == "recalibrate"
         steps, measured = torch.linspace(0, 1, self.points, dtype=torch.float64), self._images(found)
 
         def height(place: Place) -> Height:

@@ -187,6 +187,18 @@ def test_recalibrated_statistics_are_those_of_the_clean_images_at_the_displaced_
         assert torch.allclose(losses, expected, atol=1e-5)
 
 
+def test_statistics_of_a_single_value_are_refused_and_the_network_comes_back() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+    images, labels = examples(9)
+    before = copy.deepcopy(model.state_dict())
+    measure = AverageFlatness(trials=1, loss="clean", batch_norm="recalibrate")
+    with pytest.raises(UserError, match="one has a single example.*Choose a batch size that leaves none"):
+        measure(model, images, labels, batch_size=4)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m.training for m in model.modules())
+    assert math.isfinite(measure(model, images, labels, batch_size=3).value)
+
+
 def test_model_comes_back_bit_for_bit_also_after_an_error() -> None:
     model, (images, labels) = convnet(), examples(4)
     model[0].train()  # a convolution: its mode changes nothing, and must come back
@@ -315,7 +327,7 @@ def test_a_network_without_weights_is_refused() -> None:
 
 def test_recalibration_without_batch_norm_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
-    with pytest.raises(UserError, match=r"has none\. Use batch_norm='running'"):
+    with pytest.raises(UserError, match=r"has none\. Leave batch_norm at its default"):
         AverageFlatness(trials=1, loss="clean", batch_norm="recalibrate")(model, *examples(2))
 
 

@@ -133,6 +133,9 @@ def test_the_path_to_another_network_ends_there_with_its_statistics() -> None:
     chord = torch.linspace(float(result.losses[0, 0]), float(result.losses[0, -1]), 5).double()
     assert result.barrier == pytest.approx(float((result.losses[0] - chord).max()), abs=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+    with pytest.raises(UserError, match="needs batch-norm layers"):
+        Landscape(loss="clean", points=3).path(plain, plain.state_dict(), x, y, batch_norm="recalibrate")
     again = Landscape(loss="clean", points=5).path(one, two.state_dict(), x, y, batch_norm="recalibrate")
     assert not torch.equal(again.losses, result.losses)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
