@@ -140,6 +140,7 @@ class AverageFlatness:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size), reference)
 
+    @torch.inference_mode(False)
     def measure(
         self,
         model: nn.Module,

@@ -106,6 +106,7 @@ class HessianSpectrum:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size))
 
+    @torch.inference_mode(False)
     def measure(
         self, model: nn.Module, batches: Sequence[Batch], *, generator: torch.Generator | None = None
     ) -> SpectrumResult:

@@ -114,6 +114,7 @@ class Landscape:
         if loss != "clean" and attack is None:
             self.attack = Pgd(LinfBall(8 / 255), steps=10, step_size=0.007)
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         model: nn.Module,
@@ -154,6 +155,7 @@ class Landscape:
         places = [[(0 if column == middle else row, column) for column in columns] for row in range(len(ready))]
         return self._result(found, "lines", steps, _heights(places, known, height), ready, source)
 
+    @torch.inference_mode(False)
     def plane(
         self,
         model: nn.Module,
@@ -185,6 +187,7 @@ class Landscape:
         places = [[(i, j) for j in range(self.points)] for i in range(self.points)]
         return self._result(found, "plane", steps, _heights(places, known, height), [first, second], source)
 
+    @torch.inference_mode(False)
     def path(
         self,
         model: nn.Module,
@@ -226,6 +229,7 @@ class Landscape:
         rows = _heights([[(0, column) for column in range(self.points)]], known, height)
         return self._result(found, "path", steps, rows, [whole], f"to another network, statistics {batch_norm}")
 
+    @torch.inference_mode(False)
     def find_directions(
         self, model: nn.Module, images: Array, labels: Array, *, batch_size: int = 128
     ) -> list[Weights]:

@@ -64,7 +64,7 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
             batch; or two passes differ.
     """
     device = device_of(model)
-    moved = [Batch(batch.x.to(device), batch.y.to(device)) for batch in batches]
+    moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches]
     if not sum(len(batch.y) for batch in moved):
         raise UserError("There are no examples: a flatness measure needs at least one.")
     for batch in moved:
@@ -79,6 +79,11 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
     require_answers(torch.cat(logits).to(device), torch.cat([batch.y for batch in moved]))
     return Subject(model, moved, weights)
+
+
+def _usable(t: Tensor) -> Tensor:
+    """`t`, or a copy if autograd refuses it; measures leave inference mode, which has its own kind of tensors."""
+    return t.clone() if t.is_inference() else t
 
 
 def require_evaluation_mode(model: nn.Module) -> None:

@@ -158,6 +158,7 @@ class WorstFlatness:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size), reference)
 
+    @torch.inference_mode(False)
     def measure(
         self,
         model: nn.Module,
@@ -274,7 +275,7 @@ class WorstFlatness:
     def _step(self, climb: Climb, now: Point, index: int, batch: Batch, *, last: bool) -> tuple[Tensor, Point]:
         """Mean loss at a point for batch number `index` of the group, and the point after one step from there."""
         robust = self.loss == "robust"
-        with torch.inference_mode(False), torch.set_grad_enabled(not last):
+        with torch.set_grad_enabled(not last):
             nu = {name: step.detach().requires_grad_(not last) for name, step in now.nu.items()}
             x = now.images[index].detach().requires_grad_(robust and not last)
             moved = {name: climb.weights[name] + step for name, step in nu.items()}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
+
 from robustflat.errors import UserError
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.trace import with_error
@@ -131,6 +133,7 @@ class Measure:
     needs: str = ""
 
 
+@torch.inference_mode(False)
 def take(measures: Mapping[str, SharpnessMeasure], surface: LossSurface) -> Readings:
     """Readings by name, on one surface, so that all see the same (adversarial) examples.
 

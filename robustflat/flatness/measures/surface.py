@@ -45,6 +45,7 @@ class LossSurface:
         UserError: if the model, images or labels cannot be measured, or loss and attack do not go together.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
