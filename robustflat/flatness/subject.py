@@ -17,7 +17,7 @@ from robustflat.attacks.judging import held_still
 from robustflat.attacks.strongest import judged_logits
 from robustflat.errors import UserError
 from robustflat.models.modes import perturbable
-from robustflat.models.precision import device_of
+from robustflat.models.precision import device_of, dtype_of
 from robustflat.ranks import workers
 from robustflat.types import Batch, Weights
 
@@ -56,21 +56,24 @@ class Subject(NamedTuple):
 
 
 def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, biases: bool) -> Subject:
-    """Check model and examples, and move the examples to the model's device.
+    """Check model and examples, and bring the examples to the model's device and floating-point type.
+
+    Empty batches are left out.
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
             statistic or logit is not finite; no weight can be displaced; the network mixes the examples of a
             batch; or two passes differ.
     """
-    device = device_of(model)
-    moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches]
-    if not sum(len(batch.y) for batch in moved):
+    device, dtype = device_of(model), dtype_of(model)
+    moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]
+    if not moved:
         raise UserError("There are no examples: a flatness measure needs at least one.")
     for batch in moved:
         check_images(batch.x, batch.y)
         if batch.y.is_floating_point():
             raise UserError("A flatness measure needs one class per image, got mixed labels (probabilities).")
+    moved = [Batch(batch.x.to(dtype), batch.y) for batch in moved]
     require_evaluation_mode(model)
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)

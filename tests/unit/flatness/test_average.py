@@ -14,6 +14,7 @@ from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
 from robustflat.flatness.average import AverageFlatness
 from robustflat.flatness.protocol import protocol_by_name
+from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.modes import perturbable
@@ -115,6 +116,20 @@ def test_more_trials_leave_the_first_ones_as_they_are() -> None:
     assert not torch.equal(many.losses[2], many.losses[1])
 
 
+def test_batches_may_be_empty_or_of_another_floating_point_type() -> None:
+    model, (images, labels) = convnet(dtype=torch.float64), examples(6)
+    batches = [Batch(images[:0], labels[:0]), Batch(images[:4], labels[:4]), Batch(images[4:], labels[4:])]
+    for measure in (
+        AverageFlatness(trials=2, attack=fixed_attack()),
+        WorstFlatness(WeightBall(0.1), restarts=2, steps=2),
+    ):
+        expected = measure(model, images, labels, batch_size=4)
+        found = measure.measure(model, batches)
+        assert torch.equal(found.losses, expected.losses)
+        assert found.groups == (4, 2)
+        assert found.value == expected.value
+
+
 def test_a_generator_replaces_the_seed() -> None:
     model, (images, labels) = convnet(), examples(4)
     batches, measure = [Batch(images, labels)], AverageFlatness(trials=1, loss="clean")
@@ -192,7 +207,7 @@ def test_statistics_of_a_single_value_are_refused_and_the_network_comes_back() -
     images, labels = examples(9)
     before = copy.deepcopy(model.state_dict())
     measure = AverageFlatness(trials=1, loss="clean", batch_norm="recalibrate")
-    with pytest.raises(UserError, match="one has a single example.*Choose a batch size that leaves none"):
+    with pytest.raises(UserError, match=r"one has a single example.*Choose a batch size that leaves none"):
         measure(model, images, labels, batch_size=4)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(m.training for m in model.modules())
