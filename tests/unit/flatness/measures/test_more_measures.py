@@ -22,9 +22,11 @@ from robustflat.flatness.measures.measure import Reading, SharpnessMeasure, take
 from robustflat.flatness.measures.normalized import LogitNormalized
 from robustflat.flatness.measures.surface import LossSurface, NormalizedLogits
 from robustflat.flatness.measures.worst import FirstOrderFlatness, PacBayesWorstCase, SamSharpness
+from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.transformations import batch_norm_folded
+from robustflat.rng import generator_for
 from tests.unit.flatness.networks import Quadratic, convnet, examples
 
 DIAGONAL = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
@@ -200,6 +202,16 @@ def test_the_error_over_examples_is_that_of_their_mean_rises() -> None:
     values = torch.tensor(parts, dtype=torch.float64)
     assert found.example_error == pytest.approx(float(values.std()) / math.sqrt(30), rel=1e-9)
     assert found.value == pytest.approx(float(values.mean()), rel=1e-9)
+
+
+def test_the_error_of_a_search_is_the_deviation_of_what_its_starts_found() -> None:
+    model, (x, y) = convnet(dtype=torch.float64), examples(6, torch.float64)
+    surface = LossSurface(model, x, y, seed=3)
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator_for(3, "worst")))
+    singles = WorstFlatness(WeightBall(0.1), restarts=4, steps=3, loss="clean", seed=seed)(model, x, y).trials
+    found = read(WorstRise(WeightBall(0.1), restarts=4, steps=3), surface)
+    assert found.value == pytest.approx(float(singles.max()), rel=1e-12)
+    assert found.standard_error == pytest.approx(float(singles.std()), rel=1e-9)
 
 
 def test_worst_case_flatness_moves_images_and_weights_on_the_attacked_loss() -> None:
