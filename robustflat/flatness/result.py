@@ -99,7 +99,10 @@ class FlatnessResult:
 
     @property
     def standard_error(self) -> float:
-        """Standard error over trials of their mean (spread of the restarts, for "max"); NaN with one trial."""
+        """Standard error over trials of their mean; NaN with one trial.
+
+        For "max" it tells how far restarts differ, not how far their maximum is from the true one: see `converged`.
+        """
         return _standard_error(self.trials)
 
     @property
