@@ -87,8 +87,10 @@ class ScaledTrace(Measure):
         products = surface.products()
         sizes = WeightBall(1.0, grouping=self.grouping).sizes(surface.weights)
         units = products.flat({name: sizes[name].expand_as(w) for name, w in surface.weights.items()})
-        drawn = signs((self.draws, len(units)), units, surface.generator("scaled trace"))
-        samples = torch.stack([row @ products(row) for row in drawn * units])
+        # As bytes, since all rows in full would be the largest thing in memory.
+        small = torch.empty(0, dtype=torch.int8, device=units.device)
+        drawn = signs((self.draws, len(units)), small, surface.generator("scaled trace"))
+        samples = torch.stack([row @ products(row) for row in (units * s for s in drawn)])
         surface.passes += 4 * self.draws
         return Reading(*mean_of(samples.cpu()))
 
