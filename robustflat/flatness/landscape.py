@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustflat.attacks.describe import brief, describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.judging import held_still
-from robustflat.attacks.objectives import cross_entropy, predicted_wrong
+from robustflat.attacks.objectives import cross_entropy
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import SEARCHES, judged_logits, strongest
 from robustflat.errors import UserError, require_one_of, require_range
@@ -21,7 +21,7 @@ from robustflat.flatness.direction_sources import DirectionSource, RandomDirecti
 from robustflat.flatness.directions import direction_to, normalisation_names, normalised
 from robustflat.flatness.hessian import frozen_batches
 from robustflat.flatness.landscape_result import LandscapeResult
-from robustflat.flatness.subject import Subject, subject
+from robustflat.flatness.subject import Subject, misclassified, subject
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
@@ -38,7 +38,7 @@ Done = MutableMapping[Place, tuple[float, ...]]
 
 
 class Height(NamedTuple):
-    """Mean loss in nats and fraction misclassified at one point."""
+    """Mean loss in nats and fraction misclassified at one point; logits that are not finite are wrong."""
 
     loss: float
     error: float
@@ -289,7 +289,7 @@ class Landscape:
                 stack.enter_context(recalibrated(found.model, found.batches))
             logits = [self._logits(found.model, x, y, index) for index, (x, y) in enumerate(batches)]
         losses = [cross_entropy(z, y).double() for z, (_, y) in zip(logits, batches, strict=True)]
-        wrong = [predicted_wrong(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
+        wrong = [misclassified(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
         return Height(float(torch.cat(losses).mean()), float(torch.cat(wrong).double().mean()))
 
     def _logits(self, model: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.inputs import check_images
 from robustflat.attacks.judging import held_still
+from robustflat.attacks.objectives import predicted_wrong
 from robustflat.attacks.strongest import judged_logits
 from robustflat.errors import UserError
 from robustflat.models.modes import perturbable
@@ -87,6 +88,11 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
 def _usable(t: Tensor) -> Tensor:
     """`t`, or a copy if autograd refuses it; measures leave inference mode, which has its own kind of tensors."""
     return t.clone() if t.is_inference() else t
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Which examples logits (B, K) get wrong, bool (B,): also those whose logits are not finite."""
+    return predicted_wrong(logits, y) | ~logits.isfinite().all(dim=1)
 
 
 def require_evaluation_mode(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.curvature_products import CurvatureProducts
 from robustflat.flatness.directions import loss_and_gradient
 from robustflat.flatness.hessian import frozen_batches
-from robustflat.flatness.subject import Subject, subject
+from robustflat.flatness.subject import Subject, misclassified, subject
 from robustflat.models.modes import displaced, perturbable
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
@@ -111,8 +111,8 @@ class LossSurface:
         return float(self.losses(nu).mean())
 
     def error(self, nu: Weights | None = None) -> float:
-        """Fraction of examples misclassified at w + nu."""
-        return float((self.logits(nu).argmax(dim=1) != self.labels).double().mean())
+        """Fraction of examples misclassified at w + nu; logits that are not finite are wrong."""
+        return float(misclassified(self.logits(nu), self.labels).double().mean())
 
     def slope(self, nu: Weights | None = None) -> tuple[float, Weights]:
         """Mean loss at w + nu and its gradient."""

@@ -20,6 +20,7 @@ from robustflat.flatness.directions import (
 )
 from robustflat.flatness.landscape import Landscape
 from robustflat.flatness.landscape_result import LandscapeResult
+from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.subject import subject
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
@@ -165,6 +166,18 @@ def test_a_path_between_different_architectures_names_both_shapes() -> None:
     with pytest.raises(UserError, match=r"0.weight \(4, 2, 3, 3\) here, \(6, 2, 3, 3\) there") as found:
         Landscape(loss="clean", points=3).path(convnet(), other, *examples(2))
     assert "1.weight (4,) is missing there" in str(found.value)
+
+
+def test_an_example_whose_logits_overflow_is_wrong_whatever_its_label() -> None:
+    model, (x, _) = convnet(), examples(3)
+    for label in range(3):
+        y = torch.full((3,), label)
+        line = Landscape(loss="clean", points=3, length=1e30, normalisation="none")(
+            model, x, y, directions=[{name: w * 1e8 for name, w in perturbable(model).items()}]
+        )
+        assert line.not_finite == 2 and line.errors[0, [0, 2]].tolist() == [1.0, 1.0]
+        far = {name: torch.full_like(w, torch.inf) for name, w in perturbable(model).items()}
+        assert LossSurface(model, x, y).error(far) == 1.0
 
 
 def test_networks_with_values_that_are_not_numbers_are_refused() -> None:
