@@ -150,6 +150,13 @@ def test_gradient_norm_is_that_of_autograd() -> None:
     assert reading(GradientNorm(), LossSurface(model, x, y)) == pytest.approx(exact, rel=1e-9)
 
 
+def test_the_gradient_is_taken_in_full_precision_whatever_the_callers_autocast() -> None:
+    model, (x, y) = convnet(), examples(6)
+    plain = reading(GradientNorm(), LossSurface(model, x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert reading(GradientNorm(), LossSurface(model, x, y)) == plain
+
+
 @pytest.mark.parametrize("labels", ["model", "true"])
 def test_fisher_rao_norm_of_a_homogeneous_network_is_its_closed_form(labels: str) -> None:
     model, x, y = linear()
