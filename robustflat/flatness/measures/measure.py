@@ -72,8 +72,11 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes `None`."""
-        plain = {**self.__dict__, "details": dict(self.details)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+        return {**_finite(vars(self)), "details": _finite(self.details)}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class Readings(dict[str, Reading]):

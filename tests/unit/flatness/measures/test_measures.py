@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -17,7 +18,7 @@ from robustflat.flatness.measures.average import AdaptiveAverage, LowPassFilter,
 from robustflat.flatness.measures.between import DistanceFromStart
 from robustflat.flatness.measures.controls import InverseMargin, SpectralNorms, WeightNorm
 from robustflat.flatness.measures.local import FisherRao, GradientNorm, RelativeFlatness, ScaledTrace
-from robustflat.flatness.measures.measure import SharpnessMeasure, take
+from robustflat.flatness.measures.measure import Reading, SharpnessMeasure, take
 from robustflat.flatness.measures.surface import LossSurface, NormalizedLogits
 from robustflat.flatness.measures.worst import AdaptiveSharpness, KeskarSharpness, SamSharpness
 from robustflat.geometry.input_ball import LinfBall
@@ -212,6 +213,8 @@ def test_controls_are_what_they_are_called() -> None:
     found = take({"m": InverseMargin(0.0)}, surface)["m"]
     assert found.details["margin"] == pytest.approx(min(margins))
     assert found.value == math.inf  # the smallest margin is negative: these labels are wrong
+    plain = json.loads(json.dumps(Reading(math.inf, details={"a": math.nan, "b": 2.0}).to_dict(), allow_nan=False))
+    assert (plain["value"], plain["details"]) == (None, {"a": None, "b": 2.0})
 
 
 def test_robust_frozen_and_clean_loss_differ_as_they_must() -> None:
