@@ -57,12 +57,11 @@ class WorstFlatness:
     both. Several random restarts; the largest mean loss counts. It is a lower bound of the maximum: whether
     steps and restarts suffice, the result's `value_against_steps` and `value_against_trials` tell.
 
-    The default, `protocol="paper"`, searches one nu for every batch (the batch size belongs to the definition;
-    the
+    The default, `protocol="paper"`, searches one nu for every batch (the batch size belongs to the definition; the
     paper: 128) and keeps the best point of an ascent, the last one included. `protocol="released"` follows the
-    released code: one nu for all examples, updated batch by batch, `steps` sweeps over the batches, the last
-    point counts; starts of uniform norm; epsilon 0.0314; losses capped at 27.6. (There, steps on the weights
-    are 0.01 and so longer than the radius: every point is on the surface.)
+    released code: one nu for all examples, updated batch by batch, `steps` sweeps over the batches, the last point
+    counts; starts of uniform norm; epsilon 0.0314; losses capped at 27.6. (There, steps on the weights are 0.01 and
+    so longer than the radius: every point is on the surface.)
 
     >>> result = WorstFlatness(restarts=2)(model, images, labels)  # doctest: +SKIP
 

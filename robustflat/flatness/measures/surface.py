@@ -36,7 +36,8 @@ class LossSurface:
         loss: one of the above.
         attack: for the frozen and robust loss.
         norm_layers, biases: whether those parameters belong to w.
-        batch_size: bounds memory.
+        batch_size: bounds memory. Attacks draw by batch, and average- and worst-case flatness displace every batch by
+            itself, so it is part of these numbers.
         seed: of attacks and of all draws of the measures.
         anchors: state dicts of other networks that some measures compare with, by what they are: "start" (the weights
             that training began with), "other" (another network).
