@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,7 @@ def test_m_sharpness_is_the_mean_over_groups_each_with_its_own_maximum() -> None
     parts = [reading(SamSharpness(0.1), LossSurface(model, x[s], y[s])) for s in (slice(0, 4), slice(4, 6))]
     assert whole.value == pytest.approx((4 * parts[0] + 2 * parts[1]) / 6, rel=1e-9)
     assert whole.details["groups"] == 2
+    assert whole.standard_error == pytest.approx(abs(parts[0] - parts[1]) / 2)  # deviation over the root of two
 
 
 def test_an_ascent_on_a_three_parameter_network_beats_brute_force() -> None:
@@ -236,6 +238,16 @@ def test_robust_frozen_and_clean_loss_differ_as_they_must() -> None:
 
 def noise(surfaces: dict[str, LossSurface]) -> list[Tensor]:
     return list(random_direction(surfaces["clean"].weights, torch.Generator().manual_seed(0)).values())
+
+
+def test_the_inverse_margin_is_that_of_a_low_quantile() -> None:
+    model, x, _ = linear(7)
+    z = model(x).detach().numpy()
+    margins = [row.max() - sorted(row)[-2] for row in z]
+    found = take({"m": InverseMargin(0.3)}, LossSurface(model, x, torch.from_numpy(z.argmax(axis=1))))["m"]
+    low = float(np.quantile(margins, 0.3))
+    assert found.value == pytest.approx(1 / low**2)
+    assert found.details == pytest.approx({"margin": low, "mean": float(np.mean(margins))})
 
 
 class _Hot(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
-from robustflat.flatness.measures.average import AdaptiveAverage, LocalEntropy
+from robustflat.flatness.measures.average import AdaptiveAverage, LocalEntropy, PacBayesSigma
 from robustflat.flatness.measures.between import InterpolationBarrier
 from robustflat.flatness.measures.catalogue import STANDARD, measures
 from robustflat.flatness.measures.controls import PathNorm
@@ -106,6 +106,19 @@ def test_pac_bayes_worst_case_finds_the_shift_that_flips_too_many() -> None:
     assert found.value == pytest.approx(1 / 0.09, rel=1e-2)
     aware = read(PacBayesWorstCase(0.2, bisections=20, magnitude_aware=True, floor=0.25), surface)
     assert aware.details["at_end"] == 1.0  # the weight is 0, so the floor alone moves it, and that is too little
+
+
+def test_the_error_of_the_pac_bayes_sigma_follows_from_the_spread_of_its_draws() -> None:
+    count = 2000
+    x = (torch.arange(count, dtype=torch.float64) + 0.5).div(count).view(count, 1, 1, 1)
+    surface = LossSurface(Shift(), x, torch.zeros(count, dtype=torch.int64), seed=1, batch_size=count)
+    found = read(PacBayesSigma(0.1, draws=20), surface)
+    draws = [torch.randn(1, generator=generator_for(1, "noise", i), dtype=torch.float64) for i in range(20)]
+    per_sigma = torch.cat(draws).neg().clamp_min(0)  # a shift of -a gives an error of a, up to 1
+    sigma = 0.1 / float(per_sigma.mean())
+    assert found.details["sigma"] == pytest.approx(sigma, rel=5e-3)
+    relative = float(per_sigma.std()) / math.sqrt(20) / float(per_sigma.mean())
+    assert found.standard_error == pytest.approx(2 * relative / sigma**2, rel=0.05)
 
 
 def test_the_barrier_on_the_way_to_another_network_is_that_of_a_parabola() -> None:
