@@ -242,4 +242,5 @@ class AverageFlatness:
             precision=precision_of(found.model),
             seed=seed,
             seconds=seconds,
+            search=self.search,
         )

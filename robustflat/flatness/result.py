@@ -44,6 +44,7 @@ class FlatnessResult:
         precision: floating-point type of the network.
         seed: of all draws.
         seconds: duration.
+        search: what attacks or ascents searched on: "plain", "fp32" or "bf16"; the plain network judged.
         trace: worst case only: (T, S+1) mean loss minus reference of the best point after s steps.
     """
 
@@ -65,6 +66,7 @@ class FlatnessResult:
     precision: str
     seed: int
     seconds: float
+    search: str = "plain"
     trace: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -188,7 +190,7 @@ class FlatnessResult:
             f"{head} ({case}-case flatness of the {self.loss} loss, {self.ball}, {count} {drawn}, "
             f"{self.reference.numel()} examples in {len(self.groups)} group(s), {self.parameters}, attack "
             f"{self.attack}, {self.sampling} sampling, batch norm {self.batch_norm}, protocol {self.protocol}, "
-            f"{self.precision}, seed {self.seed}, {self.seconds:.1f} s)"
+            f"{self.precision}, search {self.search}, seed {self.seed}, {self.seconds:.1f} s)"
         )
         return text if self.trace is None else f"{text}; {self.convergence()}"
 
@@ -221,7 +223,7 @@ _SETTINGS = (
         "weights",
         "attack",
     ),
-    *("reference_attack", "batch_norm", "precision", "seed", "seconds"),
+    *("reference_attack", "batch_norm", "precision", "search", "seed", "seconds"),
 )
 
 

@@ -317,6 +317,7 @@ class WorstFlatness:
             precision=precision_of(found.model),
             seed=seed,
             seconds=seconds,
+            search=self.search,
             trace=trace,
         )
 

@@ -32,6 +32,7 @@ def test_average_flatness_is_that_of_the_plain_search(search, tolerance):
         AverageFlatness(WeightBall(1.0), trials=3, attack=ATTACK, search=way)(model, x, y) for way in ("plain", search)
     ]
     assert found[0].value > 0.01
+    assert [f.to_dict()["search"] for f in found] == ["plain", search] and f"search {search}" in str(found[1])
     assert found[1].value == pytest.approx(found[0].value, rel=tolerance)
     assert torch.allclose(found[1].reference, found[0].reference, atol=tolerance)
 
@@ -44,6 +45,7 @@ def test_worst_flatness_is_that_of_the_plain_search():
     ]
     assert found[0].value > 0.01
     assert found[1].value == pytest.approx(found[0].value, rel=1e-3)
+    assert [f.search for f in found] == ["plain", "fp32"]
     assert torch.allclose(found[0].trace, found[1].trace, atol=1e-4)
 
 
