@@ -133,6 +133,11 @@ def ascent_direction(
     return best
 
 
+def total_norm(v: Weights) -> float:
+    """L2 norm over all entries of all tensors."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in v.values()))
+
+
 def loss_and_gradient(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> tuple[float, Weights]:
     """Mean cross-entropy over all examples in eval mode, and its gradient in the named parameters; `.grad` stays.
 

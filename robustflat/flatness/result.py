@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import UserError, require_one_of
+from robustflat.flatness.trace import mean_of
 
 REDUCTIONS = ("mean", "max")
 
@@ -105,12 +106,12 @@ class FlatnessResult:
 
         For "max" it tells how far restarts differ, not how far their maximum is from the true one: see `converged`.
         """
-        return _standard_error(self.trials)
+        return mean_of(self.trials).standard_error
 
     @property
     def standard_error_over_examples(self) -> float:
         """Standard error from the choice of examples, displacements taken as given; NaN with one example."""
-        return _standard_error(self.per_example)
+        return mean_of(self.per_example).standard_error
 
     def value_against_trials(self) -> list[float]:
         """The value that the first t trials alone would have given, t = 1..T: has it converged?"""
@@ -225,7 +226,3 @@ _SETTINGS = (
     ),
     *("reference_attack", "batch_norm", "precision", "search", "seed", "seconds"),
 )
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std(correction=1)) / math.sqrt(values.numel()) if values.numel() > 1 else math.nan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError, require_one_of
 from robustflat.flatness.lanczos import Eigenpairs
-from robustflat.flatness.trace import Estimate
+from robustflat.flatness.trace import Estimate, mean_of
 from robustflat.types import Weights
 
 
@@ -29,9 +29,7 @@ class SpectralDensity:
 
     def moment(self, power: int) -> Estimate:
         """Tr A^power / n with the standard error over probes."""
-        samples = (self.weights.double() * self.nodes.double() ** power).sum(dim=1)
-        error = float(samples.std(correction=1)) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-        return Estimate(float(samples.mean()), error)
+        return mean_of((self.weights.double() * self.nodes.double() ** power).sum(dim=1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.flatness.directions import total_norm
 from robustflat.flatness.lanczos import Lanczos
 from robustflat.flatness.measures.measure import (
     BATCH_NORM_FOLDING,
@@ -31,8 +32,7 @@ class GradientNorm(Measure):
 
     def __call__(self, surface: LossSurface) -> Reading:
         """In nats per unit of weight."""
-        _, slope = surface.slope()
-        return Reading(math.sqrt(sum(float(g.double().square().sum()) for g in slope.values())))
+        return Reading(total_norm(surface.slope()[1]))
 
 
 class FisherRao(Measure):
