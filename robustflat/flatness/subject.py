@@ -63,8 +63,8 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
-            statistic or logit is not finite; no weight can be displaced; the network mixes the examples of a
-            batch; or two passes differ.
+            statistic or logit is not finite; no weight can be displaced; the network does not take these images,
+            returns something else than logits, or mixes the examples of a batch; or two passes differ.
     """
     device, dtype = device_of(model), dtype_of(model)
     moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]
@@ -148,16 +148,31 @@ def require_deterministic(model: nn.Module, x: Tensor) -> None:
     """Refuse a network whose answers to the same images (B, C, H, W) differ between two passes in eval mode.
 
     Raises:
-        UserError: naming the innermost layer that gives two outputs for one input.
+        UserError: naming the innermost layer that gives two outputs for one input; or if the network fails on these
+            images, or returns no tensor.
     """
     with held_still(model):
-        first, second = model(x), model(x)
+        first, second = _answer(model, x), model(x)
         if _agree(first, second):
             return
         name, kind = _random_layer(model, x)
     raise UserError(
         f"Two passes over the same images differ, first at layer '{name}' ({kind}), which stays random in eval "
         f"mode. Flatness compares losses, so it needs a deterministic network: switch that randomness off."
+    )
+
+
+def _answer(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        answer = model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
+    if isinstance(answer, Tensor):
+        return answer
+    raise UserError(
+        f"The model must return logits (B, K), got {type(answer).__name__}: wrap it so that it returns them alone."
     )
 
 

@@ -245,6 +245,8 @@ def test_a_given_reference_is_used() -> None:
     reference = torch.tensor([0.5, 1.0, 1.5, 2.0])
     result = AverageFlatness(trials=1, attack=short_attack())(model, images, labels, reference=reference)
     assert torch.equal(result.reference, reference)
+    again = AverageFlatness(trials=1, attack=short_attack())(model, images, labels, reference=reference.numpy())
+    assert torch.equal(again.reference, reference)
     assert result.value == pytest.approx(float(result.losses.mean()) - 1.25, abs=1e-6)
 
 
@@ -317,6 +319,21 @@ def test_layers_in_training_mode_are_refused_by_name_and_dropout_in_eval_mode_is
     model[6].train()
     with pytest.raises(UserError, match=r"Layer '6' \(Dropout\) is in training mode, in which it draws at random"):
         AverageFlatness(trials=1, loss="clean")(model, images, labels)
+
+
+def test_images_and_answers_that_do_not_fit_are_refused_in_words() -> None:
+    model, (images, labels) = convnet(), examples(4)
+    measure = AverageFlatness(trials=1, loss="clean")
+    with pytest.raises(UserError, match=r"Sequential fails on images of shape \(1, 6, 6\): .*expected input"):
+        measure(model, images[:, :1], labels)
+    model.append(Answering())
+    with pytest.raises(UserError, match=r"must return logits \(B, K\), got dict"):
+        measure(model, images, labels)
+
+
+class Answering(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x}
 
 
 def test_batch_norm_without_statistics_is_refused() -> None:
