@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.examples import Array
@@ -130,6 +131,7 @@ class AuditResult:
         return "\n".join([table.to_string(), "", *notes, self.described])
 
 
+@torch.inference_mode(False)
 def audit(  # noqa: PLR0913  (the options of one call)
     model: nn.Module,
     images: Array,

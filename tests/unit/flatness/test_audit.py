@@ -153,6 +153,13 @@ def test_what_cannot_be_done_or_taken_is_said() -> None:
     assert len(result.to_frame()) == 2
 
 
+def test_an_audit_works_within_inference_mode() -> None:
+    model, x, y = network()
+    with torch.inference_mode():
+        result = audit(model, x + 0, y + 0, measures=["sam"], transformations=["permutation"])
+    assert result.rows[0].found == "same"
+
+
 def test_a_measure_that_moves_against_its_word_is_unexpected() -> None:
     class Liar(WeightNorm):
         invariant = frozenset({"layer_scaling"})
