@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.examples import Array
@@ -130,6 +131,7 @@ class AuditResult:
         return "\n".join([table.to_string(), "", *notes, self.described])
 
 
+@torch.inference_mode(False)
 def audit(  # noqa: PLR0913  (the options of one call)
     model: nn.Module,
     images: Array,
@@ -183,6 +185,8 @@ def audit(  # noqa: PLR0913  (the options of one call)
         plain, images, labels, loss=loss, attack=attack, biases=biases, batch_size=batch_size, seed=seed
     )
     before = all_defined({n: m for n, m in wanted.items() if not m.needs}, surface)
+    if measures is not None:
+        before.left_out |= {n: "it compares with another network" for n, m in wanted.items() if m.needs}
     copies, refused = _copies(plain, surface.found.batches[0].x[:16], transformations, factor, temperature, seed)
     rows: list[AuditRow] = []
     for name, made in copies.items():

@@ -140,6 +140,7 @@ class AverageFlatness:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size), reference)
 
+    @torch.inference_mode(False)
     def measure(
         self,
         model: nn.Module,
@@ -241,4 +242,5 @@ class AverageFlatness:
             precision=precision_of(found.model),
             seed=seed,
             seconds=seconds,
+            search=self.search,
         )

@@ -20,20 +20,19 @@ def statistic_layers(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def recalibrated(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
-    """Inside, running statistics are the plain averages over one pass of clean `batches` at the present
-    weights.
+    """Inside, running statistics are the plain averages over clean `batches` of each one's, at the present weights.
 
     Everything but the batch norms runs in the mode it is in. Afterwards statistics, momentum and mode are those
     found, bit for bit.
 
     Raises:
-        UserError: if the model has no batch norm with running statistics.
+        UserError: if the model has no batch norm with running statistics, or a batch is too small to have any.
     """
     layers = statistic_layers(model)
     if not layers:
         raise UserError(
             f"batch_norm='recalibrate' needs batch-norm layers with running statistics; {type(model).__name__} "
-            f"has none. Use batch_norm='running'."
+            f"has none. Leave batch_norm at its default."
         )
     found = [
         (layer, layer.momentum, layer.training, [b.clone() for b in layer.buffers(recurse=False)]) for layer in layers
@@ -45,7 +44,7 @@ def recalibrated(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
             layer.train()
         with torch.no_grad():
             for batch in batches:
-                model(batch.x)
+                _pass(model, batch)
         for layer, _, training, _ in found:
             layer.train(training)
         yield
@@ -55,3 +54,15 @@ def recalibrated(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
             layer.train(training)
             for buffer, before in zip(layer.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(before)
+
+
+def _pass(model: nn.Module, batch: Batch) -> None:
+    try:
+        model(batch.x)
+    except ValueError as error:
+        if len(batch.y) > 1:
+            raise
+        raise UserError(
+            f"batch_norm='recalibrate' takes statistics of every batch, and one has a single example: {error}. Choose "
+            f"a batch size that leaves none."
+        ) from error

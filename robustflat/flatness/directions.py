@@ -16,6 +16,7 @@ from robustflat.flatness.subject import Subject
 from robustflat.geometry.numerics import normal, positive
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.modes import displaced
+from robustflat.models.precision import exact_float32
 from robustflat.types import Batch, Weights
 
 NORMALISATIONS: Mapping[str, tuple[float, str, bool]] = MappingProxyType(
@@ -132,14 +133,22 @@ def ascent_direction(
     return best
 
 
+def total_norm(v: Weights) -> float:
+    """L2 norm over all entries of all tensors."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in v.values()))
+
+
 def loss_and_gradient(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> tuple[float, Weights]:
-    """Mean cross-entropy over all examples in eval mode, and its gradient in the named parameters; `.grad` stays."""
+    """Mean cross-entropy over all examples in eval mode, and its gradient in the named parameters; `.grad` stays.
+
+    Without autocast and TF32, as values of measures are judged: the gradient's norm is one.
+    """
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
     total = sum(len(batch.y) for batch in batches)
     value = 0.0
     slopes = [torch.zeros_like(p) for p in wanted]
-    with held_still(model), torch.enable_grad():
+    with held_still(model), exact_float32(batches[0].x.device), torch.enable_grad():
         for parameter in wanted:
             parameter.requires_grad_(True)  # `held_still` has frozen them, and puts back what it found
         for x, y in batches:

@@ -34,6 +34,9 @@ class HessianSpectrum:
     With an attack, the loss is that on adversarial examples found once, at these weights ("frozen"): the curvature
     of the re-attacked loss is another, and does not exist where the strongest example jumps.
 
+    The other curvatures are positive semi-definite, and of networks with more weights than examples singular: their
+    smallest eigenvalue is 0, of which no digit can converge, so ask for `bottom=0`.
+
     >>> result = HessianSpectrum(top=5, bottom=5, precision="fp64")(model, images, labels)  # doctest: +SKIP
     >>> print(result)  # doctest: +SKIP
 
@@ -106,6 +109,7 @@ class HessianSpectrum:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size))
 
+    @torch.inference_mode(False)
     def measure(
         self, model: nn.Module, batches: Sequence[Batch], *, generator: torch.Generator | None = None
     ) -> SpectrumResult:

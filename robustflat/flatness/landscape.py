@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from robustflat.attacks.describe import brief, describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.judging import held_still
-from robustflat.attacks.objectives import cross_entropy, predicted_wrong
+from robustflat.attacks.objectives import cross_entropy
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import SEARCHES, judged_logits, strongest
 from robustflat.errors import UserError, require_one_of, require_range
-from robustflat.flatness.batch_norm import recalibrated, statistic_layers
+from robustflat.flatness.batch_norm import recalibrated
 from robustflat.flatness.direction_sources import DirectionSource, RandomDirections
 from robustflat.flatness.directions import direction_to, normalisation_names, normalised
 from robustflat.flatness.hessian import frozen_batches
 from robustflat.flatness.landscape_result import LandscapeResult
-from robustflat.flatness.subject import Subject, subject
+from robustflat.flatness.subject import Subject, misclassified, subject
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.models.modes import displaced
 from robustflat.models.precision import precision_of
@@ -38,7 +38,7 @@ Done = MutableMapping[Place, tuple[float, ...]]
 
 
 class Height(NamedTuple):
-    """Mean loss in nats and fraction misclassified at one point."""
+    """Mean loss in nats and fraction misclassified at one point; logits that are not finite are wrong."""
 
     loss: float
     error: float
@@ -114,6 +114,7 @@ class Landscape:
         if loss != "clean" and attack is None:
             self.attack = Pgd(LinfBall(8 / 255), steps=10, step_size=0.007)
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         model: nn.Module,
@@ -154,6 +155,7 @@ class Landscape:
         places = [[(0 if column == middle else row, column) for column in columns] for row in range(len(ready))]
         return self._result(found, "lines", steps, _heights(places, known, height), ready, source)
 
+    @torch.inference_mode(False)
     def plane(
         self,
         model: nn.Module,
@@ -169,8 +171,10 @@ class Landscape:
         Losses (S, S): entry (i, j) is at w + steps[i] * first + steps[j] * second.
 
         Raises:
-            UserError: as for lines.
+            UserError: as for lines; or if other than two directions are given.
         """
+        if directions is not None and len(directions) != 2:
+            raise UserError(f"A plane has two directions, got {len(directions)}.")
         steps, known = self._steps(), {} if done is None else done
         found = self._subject(model, images, labels, batch_size)
         (first, second), source = self._ready(found, directions, 2)
@@ -183,6 +187,7 @@ class Landscape:
         places = [[(i, j) for j in range(self.points)] for i in range(self.points)]
         return self._result(found, "plane", steps, _heights(places, known, height), [first, second], source)
 
+    @torch.inference_mode(False)
     def path(
         self,
         model: nn.Module,
@@ -214,7 +219,7 @@ class Landscape:
         found = subject(model, batches, norm_layers=True, biases=True)
         ends = _path_ends(model, target)
         whole = direction_to(found.weights, target)
-        recalibrate = batch_norm == "recalibrate" and bool(statistic_layers(model))
+        recalibrate = batch_norm == "recalibrate"
         steps, measured = torch.linspace(0, 1, self.points, dtype=torch.float64), self._images(found)
 
         def height(place: Place) -> Height:
@@ -224,6 +229,7 @@ class Landscape:
         rows = _heights([[(0, column) for column in range(self.points)]], known, height)
         return self._result(found, "path", steps, rows, [whole], f"to another network, statistics {batch_norm}")
 
+    @torch.inference_mode(False)
     def find_directions(
         self, model: nn.Module, images: Array, labels: Array, *, batch_size: int = 128
     ) -> list[Weights]:
@@ -283,7 +289,7 @@ class Landscape:
                 stack.enter_context(recalibrated(found.model, found.batches))
             logits = [self._logits(found.model, x, y, index) for index, (x, y) in enumerate(batches)]
         losses = [cross_entropy(z, y).double() for z, (_, y) in zip(logits, batches, strict=True)]
-        wrong = [predicted_wrong(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
+        wrong = [misclassified(z, y) for z, (_, y) in zip(logits, batches, strict=True)]
         return Height(float(torch.cat(losses).mean()), float(torch.cat(wrong).double().mean()))
 
     def _logits(self, model: nn.Module, x: Tensor, y: Tensor, index: int) -> Tensor:
@@ -370,8 +376,8 @@ def _moved_towards(ends: Sequence[tuple[Tensor, Tensor]], s: float) -> Iterator[
     """Inside, tensors of the model are (1 - s) times their own value plus s times the target's, exact at the ends."""
     before = [own.clone() for own, _ in ends]
     try:
-        for own, other in ends:
-            own.copy_(torch.lerp(own, other, s))
+        for (own, other), kept in zip(ends, before, strict=True):
+            own.copy_(torch.lerp(kept, other, s))  # from the copy: two names may mean one tensor
         yield
     finally:
         for (own, _), kept in zip(ends, before, strict=True):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -148,10 +150,11 @@ class LandscapeResult:
             DataError: if the file is missing or is no landscape.
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as stored:
+            # Opened here, because np.load would leave a damaged file open.
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {name: torch.from_numpy(stored[name]) for name in ARRAYS}
                 return LandscapeResult(**arrays, kind=str(stored["kind"]), settings=json.loads(str(stored["settings"])))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error) as error:
             raise DataError(f"'{path}' is not a stored landscape ({error}). Measure it again.") from error
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ def reference_at(
         once: an attack that is run once instead.
         protocol: says which run is the strongest and how losses are computed from logits.
         seed: of the attack's draws.
-        given: (N,) losses that the caller knows already; they are returned after a check.
+        given: (N,) losses that the caller knows already, a tensor or array; they are returned after a check.
         search: what the attack searches on, see `robustflat.attacks.strongest.SEARCHES`.
 
     Raises:
@@ -126,6 +126,7 @@ def require_finite(losses: Tensor, radius: float) -> None:
 def _checked(given: Tensor, found: Subject, loss: str) -> Tensor:
     if loss == "frozen":
         raise UserError("loss='frozen' finds its adversarial examples itself: leave reference out.")
+    given = torch.as_tensor(given)
     if given.shape != (found.size,) or not bool(given.isfinite().all()):
         raise UserError(
             f"reference must be one finite loss per example, shape ({found.size},), got shape {tuple(given.shape)}."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import UserError, require_one_of
+from robustflat.flatness.trace import mean_of
 
 REDUCTIONS = ("mean", "max")
 
@@ -44,6 +45,7 @@ class FlatnessResult:
         precision: floating-point type of the network.
         seed: of all draws.
         seconds: duration.
+        search: what attacks or ascents searched on: "plain", "fp32" or "bf16"; the plain network judged.
         trace: worst case only: (T, S+1) mean loss minus reference of the best point after s steps.
     """
 
@@ -65,6 +67,7 @@ class FlatnessResult:
     precision: str
     seed: int
     seconds: float
+    search: str = "plain"
     trace: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -99,13 +102,16 @@ class FlatnessResult:
 
     @property
     def standard_error(self) -> float:
-        """Standard error over trials of their mean (spread of the restarts, for "max"); NaN with one trial."""
-        return _standard_error(self.trials)
+        """Standard error over trials of their mean; NaN with one trial.
+
+        For "max" it tells how far restarts differ, not how far their maximum is from the true one: see `converged`.
+        """
+        return mean_of(self.trials).standard_error
 
     @property
     def standard_error_over_examples(self) -> float:
         """Standard error from the choice of examples, displacements taken as given; NaN with one example."""
-        return _standard_error(self.per_example)
+        return mean_of(self.per_example).standard_error
 
     def value_against_trials(self) -> list[float]:
         """The value that the first t trials alone would have given, t = 1..T: has it converged?"""
@@ -185,7 +191,7 @@ class FlatnessResult:
             f"{head} ({case}-case flatness of the {self.loss} loss, {self.ball}, {count} {drawn}, "
             f"{self.reference.numel()} examples in {len(self.groups)} group(s), {self.parameters}, attack "
             f"{self.attack}, {self.sampling} sampling, batch norm {self.batch_norm}, protocol {self.protocol}, "
-            f"{self.precision}, seed {self.seed}, {self.seconds:.1f} s)"
+            f"{self.precision}, search {self.search}, seed {self.seed}, {self.seconds:.1f} s)"
         )
         return text if self.trace is None else f"{text}; {self.convergence()}"
 
@@ -218,9 +224,5 @@ _SETTINGS = (
         "weights",
         "attack",
     ),
-    *("reference_attack", "batch_norm", "precision", "seed", "seconds"),
+    *("reference_attack", "batch_norm", "precision", "search", "seed", "seconds"),
 )
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std(correction=1)) / math.sqrt(values.numel()) if values.numel() > 1 else math.nan

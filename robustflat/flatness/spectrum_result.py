@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustflat.errors import UserError, require_one_of
 from robustflat.flatness.lanczos import Eigenpairs
-from robustflat.flatness.trace import Estimate
+from robustflat.flatness.trace import Estimate, mean_of
 from robustflat.types import Weights
 
 
@@ -28,9 +29,7 @@ class SpectralDensity:
 
     def moment(self, power: int) -> Estimate:
         """Tr A^power / n with the standard error over probes."""
-        samples = (self.weights.double() * self.nodes.double() ** power).sum(dim=1)
-        error = float(samples.std(correction=1)) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-        return Estimate(float(samples.mean()), error)
+        return mean_of((self.weights.double() * self.nodes.double() ** power).sum(dim=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +91,16 @@ class SpectrumResult:
         return abs(float(self.bottom.values[0])) / max(abs(self.value), math.ulp(0.0))
 
     def direction(self, index: int = 0, end: str = "top") -> Weights:
-        """Eigenvector number `index` from the top or bottom end, as name -> tensor; unit length over all."""
-        vector = (self.top if end == "top" else self.bottom).vectors[index]
+        """Eigenvector number `index` from the top or bottom end, as name -> tensor; unit length over all.
+
+        Raises:
+            UserError: for another end, or if fewer were asked for.
+        """
+        require_one_of("end", end, ("top", "bottom"))
+        vectors = (self.top if end == "top" else self.bottom).vectors
+        if not -len(vectors) <= index < len(vectors):
+            raise UserError(f"There are {len(vectors)} eigenvectors at the {end} end, got index {index}.")
+        vector = vectors[index]
         parts = torch.split(vector, [shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 

@@ -14,10 +14,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.inputs import check_images
 from robustflat.attacks.judging import held_still
+from robustflat.attacks.objectives import predicted_wrong
 from robustflat.attacks.strongest import judged_logits
 from robustflat.errors import UserError
 from robustflat.models.modes import perturbable
-from robustflat.models.precision import device_of
+from robustflat.models.precision import device_of, dtype_of
 from robustflat.ranks import workers
 from robustflat.types import Batch, Weights
 
@@ -56,21 +57,24 @@ class Subject(NamedTuple):
 
 
 def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, biases: bool) -> Subject:
-    """Check model and examples, and move the examples to the model's device.
+    """Check model and examples, and bring the examples to the model's device and floating-point type.
+
+    Empty batches are left out.
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
-            statistic or logit is not finite; no weight can be displaced; the network mixes the examples of a
-            batch; or two passes differ.
+            statistic or logit is not finite; no weight can be displaced; the network does not take these images,
+            returns something else than logits, or mixes the examples of a batch; or two passes differ.
     """
-    device = device_of(model)
-    moved = [Batch(batch.x.to(device), batch.y.to(device)) for batch in batches]
-    if not sum(len(batch.y) for batch in moved):
+    device, dtype = device_of(model), dtype_of(model)
+    moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]
+    if not moved:
         raise UserError("There are no examples: a flatness measure needs at least one.")
     for batch in moved:
         check_images(batch.x, batch.y)
         if batch.y.is_floating_point():
             raise UserError("A flatness measure needs one class per image, got mixed labels (probabilities).")
+    moved = [Batch(batch.x.to(dtype), batch.y) for batch in moved]
     require_evaluation_mode(model)
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)
@@ -79,6 +83,16 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
     require_answers(torch.cat(logits).to(device), torch.cat([batch.y for batch in moved]))
     return Subject(model, moved, weights)
+
+
+def _usable(t: Tensor) -> Tensor:
+    """`t`, or a copy if autograd refuses it; measures leave inference mode, which has its own kind of tensors."""
+    return t.clone() if t.is_inference() else t
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Which examples logits (B, K) get wrong, bool (B,): also those whose logits are not finite."""
+    return predicted_wrong(logits, y) | ~logits.isfinite().all(dim=1)
 
 
 def require_evaluation_mode(model: nn.Module) -> None:
@@ -134,16 +148,31 @@ def require_deterministic(model: nn.Module, x: Tensor) -> None:
     """Refuse a network whose answers to the same images (B, C, H, W) differ between two passes in eval mode.
 
     Raises:
-        UserError: naming the innermost layer that gives two outputs for one input.
+        UserError: naming the innermost layer that gives two outputs for one input; or if the network fails on these
+            images, or returns no tensor.
     """
     with held_still(model):
-        first, second = model(x), model(x)
+        first, second = _answer(model, x), model(x)
         if _agree(first, second):
             return
         name, kind = _random_layer(model, x)
     raise UserError(
         f"Two passes over the same images differ, first at layer '{name}' ({kind}), which stays random in eval "
         f"mode. Flatness compares losses, so it needs a deterministic network: switch that randomness off."
+    )
+
+
+def _answer(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        answer = model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
+    if isinstance(answer, Tensor):
+        return answer
+    raise UserError(
+        f"The model must return logits (B, K), got {type(answer).__name__}: wrap it so that it returns them alone."
     )
 
 

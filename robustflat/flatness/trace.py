@@ -51,8 +51,9 @@ class TraceEstimates(NamedTuple):
 
 def signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent +1 and -1 with equal chances, of `like`'s type and device."""
-    drawn = torch.randint(0, 2, shape, generator=generator, device=generator.device)
-    return (2 * drawn - 1).to(like)
+    # Bytes are drawn from the same stream as wider integers, in an eighth of the memory.
+    drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=generator.device)
+    return drawn.mul_(2).sub_(1).to(like)
 
 
 @torch.no_grad()

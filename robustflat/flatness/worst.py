@@ -57,12 +57,11 @@ class WorstFlatness:
     both. Several random restarts; the largest mean loss counts. It is a lower bound of the maximum: whether
     steps and restarts suffice, the result's `value_against_steps` and `value_against_trials` tell.
 
-    The default, `protocol="paper"`, searches one nu for every batch (the batch size belongs to the definition;
-    the
+    The default, `protocol="paper"`, searches one nu for every batch (the batch size belongs to the definition; the
     paper: 128) and keeps the best point of an ascent, the last one included. `protocol="released"` follows the
-    released code: one nu for all examples, updated batch by batch, `steps` sweeps over the batches, the last
-    point counts; starts of uniform norm; epsilon 0.0314; losses capped at 27.6. (There, steps on the weights
-    are 0.01 and so longer than the radius: every point is on the surface.)
+    released code: one nu for all examples, updated batch by batch, `steps` sweeps over the batches, the last point
+    counts; starts of uniform norm; epsilon 0.0314; losses capped at 27.6. (There, steps on the weights are 0.01 and
+    so longer than the radius: every point is on the surface.)
 
     >>> result = WorstFlatness(restarts=2)(model, images, labels)  # doctest: +SKIP
 
@@ -158,6 +157,7 @@ class WorstFlatness:
         """
         return self.measure(model, batches_for(model, images, labels, batch_size=batch_size), reference)
 
+    @torch.inference_mode(False)
     def measure(
         self,
         model: nn.Module,
@@ -274,7 +274,7 @@ class WorstFlatness:
     def _step(self, climb: Climb, now: Point, index: int, batch: Batch, *, last: bool) -> tuple[Tensor, Point]:
         """Mean loss at a point for batch number `index` of the group, and the point after one step from there."""
         robust = self.loss == "robust"
-        with torch.inference_mode(False), torch.set_grad_enabled(not last):
+        with torch.set_grad_enabled(not last):
             nu = {name: step.detach().requires_grad_(not last) for name, step in now.nu.items()}
             x = now.images[index].detach().requires_grad_(robust and not last)
             moved = {name: climb.weights[name] + step for name, step in nu.items()}
@@ -317,6 +317,7 @@ class WorstFlatness:
             precision=precision_of(found.model),
             seed=seed,
             seconds=seconds,
+            search=self.search,
             trace=trace,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.batch_norm import recalibrated
-from robustflat.flatness.directions import direction_to
+from robustflat.flatness.directions import direction_to, total_norm
 from robustflat.flatness.measures.measure import NONE, TEMPERATURE, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.trace import mean_of
@@ -32,12 +31,8 @@ class DistanceFromStart(Measure):
         Raises:
             UserError: if the state dict does not fit.
         """
-        steps = direction_to(surface.weights, surface.anchors["start"])
-        distance, size = (
-            math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-            for tensors in (steps, surface.weights)
-        )
-        return Reading(distance, details={"relative": distance / max(size, 1e-300)})
+        distance = total_norm(direction_to(surface.weights, surface.anchors["start"]))
+        return Reading(distance, details={"relative": distance / max(total_norm(surface.weights), 1e-300)})
 
 
 class InterpolationBarrier(Measure):
@@ -85,7 +80,7 @@ class InterpolationBarrier(Measure):
         model.load_state_dict(state)
         again = self.batch_norm == "recalibrate"
         with recalibrated(model, surface.found.batches) if again else nullcontext():
-            losses = surface.of(model).losses({})
+            losses = surface.of(model).losses()
         surface.passes += 2 if again else 1
         return losses
 

@@ -8,6 +8,7 @@ import torch
 
 from robustflat.attacks.objectives import margin
 from robustflat.errors import UserError, require_range
+from robustflat.flatness.directions import total_norm
 from robustflat.flatness.measures.measure import (
     BATCH_NORM_FOLDING,
     LAYER_SCALING,
@@ -20,7 +21,6 @@ from robustflat.flatness.measures.measure import (
 )
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.models.paths import squared_path_norm
-from robustflat.types import Weights
 
 
 class WeightNorm(Measure):
@@ -32,7 +32,7 @@ class WeightNorm(Measure):
 
     def __call__(self, surface: LossSurface) -> Reading:
         """The norm; no pass over the examples."""
-        return Reading(_norm(surface.weights))
+        return Reading(total_norm(surface.weights))
 
 
 class InverseMargin(Measure):
@@ -95,7 +95,3 @@ class PathNorm(Measure):
         squared = squared_path_norm(surface.found.model, surface.found.batches[0].x[:1])
         surface.passes += 1
         return Reading(math.sqrt(squared), details={"log": 0.5 * math.log(max(squared, 1e-300))})
-
-
-def _norm(w: Weights) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in w.values()))

@@ -206,4 +206,7 @@ def _scaled_rises(surface: LossSurface, unit: WeightBall, radius: float, draws: 
 
 def _reading(result: FlatnessResult) -> Reading:
     details = {"reference_loss": result.reference_loss, "radius": result.radius}
-    return Reading(result.value, result.standard_error, details, result.standard_error_over_examples)
+    error = result.standard_error
+    if result.reduction == "max":  # of searches, the deviation of what single ones found counts: see `Reading`
+        error *= math.sqrt(len(result.losses))
+    return Reading(result.value, error, details, result.standard_error_over_examples)

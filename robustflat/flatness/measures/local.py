@@ -7,6 +7,7 @@ import math
 import torch
 
 from robustflat.errors import UserError, require_one_of, require_range
+from robustflat.flatness.directions import total_norm
 from robustflat.flatness.lanczos import Lanczos
 from robustflat.flatness.measures.measure import (
     BATCH_NORM_FOLDING,
@@ -31,8 +32,7 @@ class GradientNorm(Measure):
 
     def __call__(self, surface: LossSurface) -> Reading:
         """In nats per unit of weight."""
-        _, slope = surface.slope()
-        return Reading(math.sqrt(sum(float(g.double().square().sum()) for g in slope.values())))
+        return Reading(total_norm(surface.slope()[1]))
 
 
 class FisherRao(Measure):
@@ -87,8 +87,10 @@ class ScaledTrace(Measure):
         products = surface.products()
         sizes = WeightBall(1.0, grouping=self.grouping).sizes(surface.weights)
         units = products.flat({name: sizes[name].expand_as(w) for name, w in surface.weights.items()})
-        drawn = signs((self.draws, len(units)), units, surface.generator("scaled trace"))
-        samples = torch.stack([row @ products(row) for row in drawn * units])
+        # As bytes, since all rows in full would be the largest thing in memory.
+        small = torch.empty(0, dtype=torch.int8, device=units.device)
+        drawn = signs((self.draws, len(units)), small, surface.generator("scaled trace"))
+        samples = torch.stack([row @ products(row) for row in (units * s for s in drawn)])
         surface.passes += 4 * self.draws
         return Reading(*mean_of(samples.cpu()))
 

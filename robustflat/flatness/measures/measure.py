@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
+
 from robustflat.errors import UserError
 from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.trace import with_error
@@ -70,8 +72,11 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes `None`."""
-        plain = {**self.__dict__, "details": dict(self.details)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+        return {**_finite(vars(self)), "details": _finite(self.details)}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class Readings(dict[str, Reading]):
@@ -131,6 +136,7 @@ class Measure:
     needs: str = ""
 
 
+@torch.inference_mode(False)
 def take(measures: Mapping[str, SharpnessMeasure], surface: LossSurface) -> Readings:
     """Readings by name, on one surface, so that all see the same (adversarial) examples.
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from robustflat.attacks.describe import describe
 from robustflat.attacks.examples import Array, batches_for
 from robustflat.attacks.objectives import cross_entropy
-from robustflat.attacks.strongest import judged_logits, strongest
+from robustflat.attacks.strongest import judged_logits
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.curvature_products import CurvatureProducts
 from robustflat.flatness.directions import loss_and_gradient
 from robustflat.flatness.hessian import frozen_batches
-from robustflat.flatness.subject import Subject, subject
+from robustflat.flatness.subject import Subject, misclassified, subject
 from robustflat.models.modes import displaced, perturbable
 from robustflat.rng import generator_for
 from robustflat.types import Attack, Batch, Weights
@@ -36,7 +36,8 @@ class LossSurface:
         loss: one of the above.
         attack: for the frozen and robust loss.
         norm_layers, biases: whether those parameters belong to w.
-        batch_size: bounds memory.
+        batch_size: bounds memory. Attacks draw by batch, and average- and worst-case flatness displace every batch by
+            itself, so it is part of these numbers.
         seed: of attacks and of all draws of the measures.
         anchors: state dicts of other networks that some measures compare with, by what they are: "start" (the weights
             that training began with), "other" (another network).
@@ -45,6 +46,7 @@ class LossSurface:
         UserError: if the model, images or labels cannot be measured, or loss and attack do not go together.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -110,8 +112,8 @@ class LossSurface:
         return float(self.losses(nu).mean())
 
     def error(self, nu: Weights | None = None) -> float:
-        """Fraction of examples misclassified at w + nu."""
-        return float((self.logits(nu).argmax(dim=1) != self.labels).double().mean())
+        """Fraction of examples misclassified at w + nu; logits that are not finite are wrong."""
+        return float(misclassified(self.logits(nu), self.labels).double().mean())
 
     def slope(self, nu: Weights | None = None) -> tuple[float, Weights]:
         """Mean loss at w + nu and its gradient."""
@@ -141,17 +143,24 @@ class LossSurface:
         x = torch.cat([batch.x for batch in self.found.batches])
         fixed = torch.cat([batch.x for batch in self.fixed])
         for own, still, y in zip(*(torch.split(t, size) for t in (x, fixed, self.labels)), strict=True):
-            part = LossSurface.__new__(LossSurface)
             found = Subject(self.found.model, [Batch(own, y)], self.found.weights)
-            part._set(found, [Batch(still, y)], self.loss, self.attack, self.seed)
-            part.parameters, part.norm_layers, part.biases = self.parameters, self.norm_layers, self.biases
-            yield part
+            yield self._on(found, [Batch(still, y)])
 
     def of(self, model: nn.Module) -> LossSurface:
-        """The surface of another network on the same images (the fixed ones too) with the same kinds of weights."""
+        """The surface of another network on the same images with the same kinds of weights.
+
+        Frozen images stay those of this surface; for the robust loss the other network is attacked at its own weights.
+        """
         weights = perturbable(model, norm_layers=self.norm_layers, biases=self.biases)
+        return self._on(Subject(model, self.found.batches, weights), self.fixed)
+
+    def _on(self, found: Subject, fixed: list[Batch]) -> LossSurface:
+        """A surface with the options of this one, and the given images where these do not depend on the weights."""
         other = LossSurface.__new__(LossSurface)
-        other._set(Subject(model, self.found.batches, weights), self.fixed, self.loss, self.attack, self.seed)
+        if self.loss == "robust":
+            assert self.attack is not None, "checked by the constructor"
+            fixed = frozen_batches(found, self.attack, self.seed)  # with the draws that it is attacked with at any nu
+        other._set(found, fixed, self.loss, self.attack, self.seed)
         other.parameters, other.norm_layers, other.biases = self.parameters, self.norm_layers, self.biases
         return other
 
@@ -160,11 +169,7 @@ class LossSurface:
         if self.loss != "robust" or nu is None:
             return self.fixed
         assert self.attack is not None, "checked by the constructor"
-        batches = []
-        for index, (x, y) in enumerate(self.found.batches):
-            generator = generator_for(self.seed, "reference", index, device=x.device)
-            batches.append(Batch(strongest(self.found.model, x, y, self.attack, generator=generator).x_adv, y))
-        return batches
+        return frozen_batches(self.found, self.attack, self.seed)
 
 
 class NormalizedLogits(nn.Module):

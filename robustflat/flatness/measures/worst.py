@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import UserError, require_range
-from robustflat.flatness.directions import random_direction
+from robustflat.flatness.directions import random_direction, total_norm
 from robustflat.flatness.measures.bisection import Bisection
 from robustflat.flatness.measures.measure import PER_WEIGHT, TEMPERATURE, Measure, Reading
 from robustflat.flatness.measures.surface import LossSurface
@@ -241,7 +241,7 @@ class FirstOrderFlatness(Measure):
         """Rho times the largest norm found, in nats."""
         sphere = Ellipsoid({name: torch.ones_like(w) for name, w in surface.weights.items()}, self.rho)
         found = torch.tensor([self._ascent(surface, sphere, r) for r in range(self.restarts)], dtype=torch.float64)
-        at_w = _norm(surface.slope()[1])
+        at_w = total_norm(surface.slope()[1])
         spread = self.rho * float(found.std()) if self.restarts > 1 else math.nan
         return Reading(self.rho * max(float(found.max()), at_w), spread, {"gradient_norm": at_w})
 
@@ -258,7 +258,7 @@ class FirstOrderFlatness(Measure):
                 share /= 2
             move = sphere.steepest(best_uphill)
             nu = sphere.project({name: step + share * move[name] for name, step in best.items()})
-        return max(best_norm, _norm(surface.slope(nu)[1]))
+        return max(best_norm, total_norm(surface.slope(nu)[1]))
 
 
 class PacBayesWorstCase(Measure):
@@ -337,10 +337,6 @@ def _require_search(steps: int, m: int | None, restarts: int) -> None:
     require_range("restarts", restarts, low=1)
     if m is not None:
         require_range("m", m, low=1)
-
-
-def _norm(slope: Weights) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in slope.values()))
 
 
 def _length(v: Weights) -> Tensor:

@@ -142,14 +142,22 @@ def test_what_cannot_be_done_or_taken_is_said() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
     _, x, y = network()
-    result = audit(model, x, y, measures=["path_norm", "gradient_norm"])
+    result = audit(model, x, y, measures=["path_norm", "gradient_norm", "distance_from_start"])
     assert set(result.done) == {"temperature", "permutation"}
     assert set(result.not_applicable) == {"batch_norm_scaling", "layer_scaling", "batch_norm_folding"}
     assert "positively homogeneous" in result.left_out["path_norm"]
+    assert result.left_out["distance_from_start"] == "it compares with another network"
     text = str(result)
     for part in ("layer_scaling: not applicable", "path_norm: left out", "gradient_norm", "24 examples", "seed 0"):
         assert part in text
     assert len(result.to_frame()) == 2
+
+
+def test_an_audit_works_within_inference_mode() -> None:
+    model, x, y = network()
+    with torch.inference_mode():
+        result = audit(model, x + 0, y + 0, measures=["sam"], transformations=["permutation"])
+    assert result.rows[0].found == "same"
 
 
 def test_a_measure_that_moves_against_its_word_is_unexpected() -> None:

@@ -14,6 +14,7 @@ from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
 from robustflat.flatness.average import AverageFlatness
 from robustflat.flatness.protocol import protocol_by_name
+from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.modes import perturbable
@@ -115,6 +116,20 @@ def test_more_trials_leave_the_first_ones_as_they_are() -> None:
     assert not torch.equal(many.losses[2], many.losses[1])
 
 
+def test_batches_may_be_empty_or_of_another_floating_point_type() -> None:
+    model, (images, labels) = convnet(dtype=torch.float64), examples(6)
+    batches = [Batch(images[:0], labels[:0]), Batch(images[:4], labels[:4]), Batch(images[4:], labels[4:])]
+    for measure in (
+        AverageFlatness(trials=2, attack=fixed_attack()),
+        WorstFlatness(WeightBall(0.1), restarts=2, steps=2),
+    ):
+        expected = measure(model, images, labels, batch_size=4)
+        found = measure.measure(model, batches)
+        assert torch.equal(found.losses, expected.losses)
+        assert found.groups == (4, 2)
+        assert found.value == expected.value
+
+
 def test_a_generator_replaces_the_seed() -> None:
     model, (images, labels) = convnet(), examples(4)
     batches, measure = [Batch(images, labels)], AverageFlatness(trials=1, loss="clean")
@@ -187,6 +202,18 @@ def test_recalibrated_statistics_are_those_of_the_clean_images_at_the_displaced_
         assert torch.allclose(losses, expected, atol=1e-5)
 
 
+def test_statistics_of_a_single_value_are_refused_and_the_network_comes_back() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+    images, labels = examples(9)
+    before = copy.deepcopy(model.state_dict())
+    measure = AverageFlatness(trials=1, loss="clean", batch_norm="recalibrate")
+    with pytest.raises(UserError, match=r"one has a single example.*Choose a batch size that leaves none"):
+        measure(model, images, labels, batch_size=4)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m.training for m in model.modules())
+    assert math.isfinite(measure(model, images, labels, batch_size=3).value)
+
+
 def test_model_comes_back_bit_for_bit_also_after_an_error() -> None:
     model, (images, labels) = convnet(), examples(4)
     model[0].train()  # a convolution: its mode changes nothing, and must come back
@@ -218,6 +245,8 @@ def test_a_given_reference_is_used() -> None:
     reference = torch.tensor([0.5, 1.0, 1.5, 2.0])
     result = AverageFlatness(trials=1, attack=short_attack())(model, images, labels, reference=reference)
     assert torch.equal(result.reference, reference)
+    again = AverageFlatness(trials=1, attack=short_attack())(model, images, labels, reference=reference.numpy())
+    assert torch.equal(again.reference, reference)
     assert result.value == pytest.approx(float(result.losses.mean()) - 1.25, abs=1e-6)
 
 
@@ -292,6 +321,21 @@ def test_layers_in_training_mode_are_refused_by_name_and_dropout_in_eval_mode_is
         AverageFlatness(trials=1, loss="clean")(model, images, labels)
 
 
+def test_images_and_answers_that_do_not_fit_are_refused_in_words() -> None:
+    model, (images, labels) = convnet(), examples(4)
+    measure = AverageFlatness(trials=1, loss="clean")
+    with pytest.raises(UserError, match=r"Sequential fails on images of shape \(1, 6, 6\): .*expected input"):
+        measure(model, images[:, :1], labels)
+    model.append(Answering())
+    with pytest.raises(UserError, match=r"must return logits \(B, K\), got dict"):
+        measure(model, images, labels)
+
+
+class Answering(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x}
+
+
 def test_batch_norm_without_statistics_is_refused() -> None:
     model, (images, labels) = convnet(), examples(4)
     model[1] = nn.BatchNorm2d(4, track_running_stats=False).eval()
@@ -315,7 +359,7 @@ def test_a_network_without_weights_is_refused() -> None:
 
 def test_recalibration_without_batch_norm_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
-    with pytest.raises(UserError, match=r"has none\. Use batch_norm='running'"):
+    with pytest.raises(UserError, match=r"has none\. Leave batch_norm at its default"):
         AverageFlatness(trials=1, loss="clean", batch_norm="recalibrate")(model, *examples(2))
 
 

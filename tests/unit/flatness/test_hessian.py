@@ -61,6 +61,10 @@ def test_a_quadratic_gives_its_eigenvalues_vectors_and_non_convexity() -> None:
     assert result.non_convexity == pytest.approx(0.2, rel=1e-9)
     v = result.direction(0)["weight"]
     assert torch.allclose(spectrum(3.0, 1.0, 0.2, -0.6) @ v, 3 * v, atol=1e-9)
+    with pytest.raises(UserError, match="end must be one of"):
+        result.direction(0, "largest")
+    with pytest.raises(UserError, match="There are 1 eigenvectors at the bottom end, got index 1"):
+        result.direction(1, "bottom")
 
 
 def test_the_sum_over_batches_is_the_mean_times_their_number() -> None:

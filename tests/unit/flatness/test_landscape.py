@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustflat.attacks.pgd import Pgd
 from robustflat.errors import DataError, UserError
@@ -19,6 +20,7 @@ from robustflat.flatness.directions import (
 )
 from robustflat.flatness.landscape import Landscape
 from robustflat.flatness.landscape_result import LandscapeResult
+from robustflat.flatness.measures.surface import LossSurface
 from robustflat.flatness.subject import subject
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
@@ -132,9 +134,31 @@ def test_the_path_to_another_network_ends_there_with_its_statistics() -> None:
     chord = torch.linspace(float(result.losses[0, 0]), float(result.losses[0, -1]), 5).double()
     assert result.barrier == pytest.approx(float((result.losses[0] - chord).max()), abs=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+    with pytest.raises(UserError, match="needs batch-norm layers"):
+        Landscape(loss="clean", points=3).path(plain, plain.state_dict(), x, y, batch_norm="recalibrate")
     again = Landscape(loss="clean", points=5).path(one, two.state_dict(), x, y, batch_norm="recalibrate")
     assert not torch.equal(again.losses, result.losses)
     assert all(torch.equal(t, before[n]) for n, t in one.state_dict().items())
+
+
+def test_a_weight_with_two_names_goes_along_the_path_once() -> None:
+    class Shared(nn.Module):
+        """p(class 0) is sigmoid(w^2 * pixel), w standing for both factors."""
+
+        def __init__(self, w: float) -> None:
+            super().__init__()
+            self.one = self.two = nn.Parameter(torch.tensor([w], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.one * self.two * x[:, 0, 0, 0]
+            return torch.stack([z, torch.zeros_like(z)], dim=1)
+
+    first = Shared(1.0)
+    result = Landscape(loss="clean", points=5).path(first, Shared(3.0).state_dict(), *one_image())
+    w = torch.linspace(1, 3, 5, dtype=torch.float64)
+    assert torch.allclose(result.losses[0], torch.log1p(torch.exp(-0.5 * w.square())), atol=1e-12)
+    assert first.one.item() == 1.0
 
 
 def test_a_path_between_different_architectures_names_both_shapes() -> None:
@@ -142,6 +166,18 @@ def test_a_path_between_different_architectures_names_both_shapes() -> None:
     with pytest.raises(UserError, match=r"0.weight \(4, 2, 3, 3\) here, \(6, 2, 3, 3\) there") as found:
         Landscape(loss="clean", points=3).path(convnet(), other, *examples(2))
     assert "1.weight (4,) is missing there" in str(found.value)
+
+
+def test_an_example_whose_logits_overflow_is_wrong_whatever_its_label() -> None:
+    model, (x, _) = convnet(), examples(3)
+    for label in range(3):
+        y = torch.full((3,), label)
+        line = Landscape(loss="clean", points=3, length=1e30, normalisation="none")(
+            model, x, y, directions=[{name: w * 1e8 for name, w in perturbable(model).items()}]
+        )
+        assert line.not_finite == 2 and line.errors[0, [0, 2]].tolist() == [1.0, 1.0]
+        far = {name: torch.full_like(w, torch.inf) for name, w in perturbable(model).items()}
+        assert LossSurface(model, x, y).error(far) == 1.0
 
 
 def test_networks_with_values_that_are_not_numbers_are_refused() -> None:
@@ -232,9 +268,17 @@ def test_a_landscape_comes_back_from_its_file(tmp_path) -> None:
     again = LandscapeResult.load(result.save(tmp_path / "deep" / "lines.npz"))
     assert torch.equal(again.losses, result.losses) and again.settings == result.settings and again.kind == "lines"
     assert "loss clean" in str(again)
-    (tmp_path / "broken.npz").write_bytes(b"nothing")
+    whole, broken = (tmp_path / "deep" / "lines.npz").read_bytes(), tmp_path / "broken.npz"
+    at = whole.index(b"losses.npy") + 60  # within the compressed array
+    flipped = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+    for content in (b"nothing", b"", whole[:50], whole[:-30], flipped):
+        broken.write_bytes(content)
+        with pytest.raises(DataError, match="is not a stored landscape"):
+            LandscapeResult.load(broken)
+    with broken.open("wb") as file:
+        np.save(file, result.losses.numpy())  # one array, not several
     with pytest.raises(DataError, match="is not a stored landscape"):
-        LandscapeResult.load(tmp_path / "broken.npz")
+        LandscapeResult.load(broken)
     with pytest.raises(UserError, match="is stored as"):
         result.save(tmp_path / "lines.h5")
 
@@ -246,6 +290,8 @@ def test_wrong_options_and_directions_are_refused() -> None:
         Landscape(loss="clean", attack=Pgd(LinfBall(0.1), steps=1, step_size=0.1))
     with pytest.raises(UserError, match="directions is empty"):
         Landscape(loss="clean")(convnet(), *examples(2), directions=[])
+    with pytest.raises(UserError, match="A plane has two directions, got 1"):
+        Landscape(loss="clean", points=3).plane(convnet(), *examples(2), directions=({},))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="names and shapes of the weights"):
         Landscape(loss="clean")(convnet(), *examples(2), directions=[{"0.weight": torch.zeros(1)}])
     with pytest.raises(UserError, match="points must be odd"):

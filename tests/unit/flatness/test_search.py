@@ -10,6 +10,11 @@ from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.strongest import SearchCopy, search_model, strongest
 from robustflat.errors import UserError
 from robustflat.flatness.average import AverageFlatness
+from robustflat.flatness.direction_sources import HessianDirections
+from robustflat.flatness.hessian import HessianSpectrum
+from robustflat.flatness.landscape import Landscape
+from robustflat.flatness.measures.catalogue import measures
+from robustflat.flatness.measures.measure import Reading
 from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
@@ -27,6 +32,7 @@ def test_average_flatness_is_that_of_the_plain_search(search, tolerance):
         AverageFlatness(WeightBall(1.0), trials=3, attack=ATTACK, search=way)(model, x, y) for way in ("plain", search)
     ]
     assert found[0].value > 0.01
+    assert [f.to_dict()["search"] for f in found] == ["plain", search] and f"search {search}" in str(found[1])
     assert found[1].value == pytest.approx(found[0].value, rel=tolerance)
     assert torch.allclose(found[1].reference, found[0].reference, atol=tolerance)
 
@@ -39,6 +45,7 @@ def test_worst_flatness_is_that_of_the_plain_search():
     ]
     assert found[0].value > 0.01
     assert found[1].value == pytest.approx(found[0].value, rel=1e-3)
+    assert [f.search for f in found] == ["plain", "fp32"]
     assert torch.allclose(found[0].trace, found[1].trace, atol=1e-4)
 
 
@@ -147,3 +154,26 @@ def test_one_copy_serves_all_draws_of_a_measurement(monkeypatch):
 def test_a_search_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="search"):
         SearchCopy(convnet(), "fp8")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        AverageFlatness(WeightBall(0.3), trials=1, attack=ATTACK, search="fp32"),
+        WorstFlatness(WeightBall(0.1), restarts=1, steps=2, search="fp32"),
+        WorstFlatness(WeightBall(0.1), restarts=1, steps=2, loss="clean"),
+        HessianSpectrum(top=1, bottom=0, attack=ATTACK),
+        lambda *args: Landscape(directions=HessianDirections(), attack=ATTACK, points=3, trials=1)(*args),
+        lambda *args: measures(*args, only=["sam", "first_order_flatness"])["sam"],
+    ],
+)
+def test_a_callers_grad_mode_changes_nothing(measure, context):
+    model, (x, y) = convnet(), examples(8)
+
+    def told(found) -> str:
+        return str(found if isinstance(found, Reading) else found.losses if hasattr(found, "losses") else found.value)
+
+    expected = told(measure(model, x, y))
+    with context():
+        assert told(measure(model, x + 0, y + 0)) == expected  # in inference mode, these are tensors of its own kind

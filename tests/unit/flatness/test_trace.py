@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from robustflat.errors import UserError
-from robustflat.flatness.trace import Estimate, root, trace_estimates
+from robustflat.flatness.trace import Estimate, root, signs, trace_estimates
 from tests.unit.flatness.networks import spectrum
 
 VALUES = torch.cat([torch.logspace(1, -2, 30), -torch.logspace(0, -2, 10)]).double()
@@ -31,6 +32,15 @@ def test_estimates_are_unbiased_and_their_standard_errors_are_honest(estimator: 
         claimed = torch.tensor([getattr(f, name).standard_error for f in found])
         assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(300)
         assert 0.8 < float(claimed.square().mean().sqrt() / errors.std()) < 1.25
+
+
+def test_signs_are_those_of_drawn_integers_in_little_memory() -> None:
+    found = signs((20, 999), LIKE, draws(4))
+    assert torch.equal(found, 2.0 * torch.randint(0, 2, (20, 999), generator=draws(4)).double() - 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        signs((20, 999), LIKE, draws(4))
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in record.key_averages())
+    assert taken < 1.3 * found.nbytes
 
 
 def test_hutch_plus_plus_is_sharper_than_hutchinson_for_the_same_products() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from robustflat.flatness.measures.average import AdaptiveAverage, LowPassFilter,
 from robustflat.flatness.measures.between import DistanceFromStart
 from robustflat.flatness.measures.controls import InverseMargin, SpectralNorms, WeightNorm
 from robustflat.flatness.measures.local import FisherRao, GradientNorm, RelativeFlatness, ScaledTrace
-from robustflat.flatness.measures.measure import SharpnessMeasure, take
+from robustflat.flatness.measures.measure import Reading, SharpnessMeasure, take
 from robustflat.flatness.measures.surface import LossSurface, NormalizedLogits
 from robustflat.flatness.measures.worst import AdaptiveSharpness, KeskarSharpness, SamSharpness
 from robustflat.geometry.input_ball import LinfBall
@@ -86,6 +88,7 @@ def test_m_sharpness_is_the_mean_over_groups_each_with_its_own_maximum() -> None
     parts = [reading(SamSharpness(0.1), LossSurface(model, x[s], y[s])) for s in (slice(0, 4), slice(4, 6))]
     assert whole.value == pytest.approx((4 * parts[0] + 2 * parts[1]) / 6, rel=1e-9)
     assert whole.details["groups"] == 2
+    assert whole.standard_error == pytest.approx(abs(parts[0] - parts[1]) / 2)  # deviation over the root of two
 
 
 def test_an_ascent_on_a_three_parameter_network_beats_brute_force() -> None:
@@ -150,6 +153,13 @@ def test_gradient_norm_is_that_of_autograd() -> None:
     assert reading(GradientNorm(), LossSurface(model, x, y)) == pytest.approx(exact, rel=1e-9)
 
 
+def test_the_gradient_is_taken_in_full_precision_whatever_the_callers_autocast() -> None:
+    model, (x, y) = convnet(), examples(6)
+    plain = reading(GradientNorm(), LossSurface(model, x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert reading(GradientNorm(), LossSurface(model, x, y)) == plain
+
+
 @pytest.mark.parametrize("labels", ["model", "true"])
 def test_fisher_rao_norm_of_a_homogeneous_network_is_its_closed_form(labels: str) -> None:
     model, x, y = linear()
@@ -205,6 +215,8 @@ def test_controls_are_what_they_are_called() -> None:
     found = take({"m": InverseMargin(0.0)}, surface)["m"]
     assert found.details["margin"] == pytest.approx(min(margins))
     assert found.value == math.inf  # the smallest margin is negative: these labels are wrong
+    plain = json.loads(json.dumps(Reading(math.inf, details={"a": math.nan, "b": 2.0}).to_dict(), allow_nan=False))
+    assert (plain["value"], plain["details"]) == (None, {"a": None, "b": 2.0})
 
 
 def test_robust_frozen_and_clean_loss_differ_as_they_must() -> None:
@@ -226,6 +238,16 @@ def test_robust_frozen_and_clean_loss_differ_as_they_must() -> None:
 
 def noise(surfaces: dict[str, LossSurface]) -> list[Tensor]:
     return list(random_direction(surfaces["clean"].weights, torch.Generator().manual_seed(0)).values())
+
+
+def test_the_inverse_margin_is_that_of_a_low_quantile() -> None:
+    model, x, _ = linear(7)
+    z = model(x).detach().numpy()
+    margins = [row.max() - sorted(row)[-2] for row in z]
+    found = take({"m": InverseMargin(0.3)}, LossSurface(model, x, torch.from_numpy(z.argmax(axis=1))))["m"]
+    low = float(np.quantile(margins, 0.3))
+    assert found.value == pytest.approx(1 / low**2)
+    assert found.details == pytest.approx({"margin": low, "mean": float(np.mean(margins))})
 
 
 class _Hot(nn.Module):

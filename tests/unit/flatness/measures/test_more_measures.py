@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
-from robustflat.flatness.measures.average import AdaptiveAverage, LocalEntropy
+from robustflat.flatness.measures.average import AdaptiveAverage, LocalEntropy, PacBayesSigma
 from robustflat.flatness.measures.between import InterpolationBarrier
 from robustflat.flatness.measures.catalogue import STANDARD, measures
 from robustflat.flatness.measures.controls import PathNorm
@@ -22,9 +22,11 @@ from robustflat.flatness.measures.measure import Reading, SharpnessMeasure, take
 from robustflat.flatness.measures.normalized import LogitNormalized
 from robustflat.flatness.measures.surface import LossSurface, NormalizedLogits
 from robustflat.flatness.measures.worst import FirstOrderFlatness, PacBayesWorstCase, SamSharpness
+from robustflat.flatness.worst import WorstFlatness
 from robustflat.geometry.input_ball import LinfBall
 from robustflat.geometry.weight_ball import WeightBall
 from robustflat.models.transformations import batch_norm_folded
+from robustflat.rng import generator_for
 from tests.unit.flatness.networks import Quadratic, convnet, examples
 
 DIAGONAL = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
@@ -106,6 +108,19 @@ def test_pac_bayes_worst_case_finds_the_shift_that_flips_too_many() -> None:
     assert aware.details["at_end"] == 1.0  # the weight is 0, so the floor alone moves it, and that is too little
 
 
+def test_the_error_of_the_pac_bayes_sigma_follows_from_the_spread_of_its_draws() -> None:
+    count = 2000
+    x = (torch.arange(count, dtype=torch.float64) + 0.5).div(count).view(count, 1, 1, 1)
+    surface = LossSurface(Shift(), x, torch.zeros(count, dtype=torch.int64), seed=1, batch_size=count)
+    found = read(PacBayesSigma(0.1, draws=20), surface)
+    draws = [torch.randn(1, generator=generator_for(1, "noise", i), dtype=torch.float64) for i in range(20)]
+    per_sigma = torch.cat(draws).neg().clamp_min(0)  # a shift of -a gives an error of a, up to 1
+    sigma = 0.1 / float(per_sigma.mean())
+    assert found.details["sigma"] == pytest.approx(sigma, rel=5e-3)
+    relative = float(per_sigma.std()) / math.sqrt(20) / float(per_sigma.mean())
+    assert found.standard_error == pytest.approx(2 * relative / sigma**2, rel=0.05)
+
+
 def test_the_barrier_on_the_way_to_another_network_is_that_of_a_parabola() -> None:
     model = Quadratic(torch.diag(torch.tensor([-0.4, 0.0, 0.0], dtype=torch.float64)))
     other = {name: t.clone() for name, t in model.state_dict().items()}
@@ -177,6 +192,21 @@ def test_logit_normalised_measures_are_those_of_the_wrapped_network() -> None:
         assert found.passes == wrapped.passes and "ICML 2023" in found.source
 
 
+@pytest.mark.parametrize("measure", [LogitNormalized(AdaptiveAverage(1e-9, 2)), SamSharpness(1e-9, m=4)])
+def test_a_rise_of_the_attacked_loss_is_one_above_the_same_attack_at_the_weights_themselves(
+    measure: SharpnessMeasure,
+) -> None:
+    model, (x, y) = convnet(dtype=torch.float64), examples(12, torch.float64)
+    attack = Pgd(LinfBall(0.1), steps=2, step_size=0.03)  # random starts, and not yet at the strongest images
+    surface = LossSurface(model, x, y, loss="robust", attack=attack, batch_size=5)
+    assert read(measure, surface).value == pytest.approx(0, abs=1e-7)  # the displacement is next to nothing
+
+
+def test_a_measure_that_needs_another_network_is_not_taken_on_normalised_logits() -> None:
+    with pytest.raises(UserError, match="InterpolationBarrier compares with another network"):
+        LogitNormalized(InterpolationBarrier())
+
+
 def test_the_error_over_examples_is_that_of_their_mean_rises() -> None:
     model, (x, y) = convnet(dtype=torch.float64), examples(30, torch.float64)
     surface = LossSurface(model, x, y)
@@ -185,6 +215,16 @@ def test_the_error_over_examples_is_that_of_their_mean_rises() -> None:
     values = torch.tensor(parts, dtype=torch.float64)
     assert found.example_error == pytest.approx(float(values.std()) / math.sqrt(30), rel=1e-9)
     assert found.value == pytest.approx(float(values.mean()), rel=1e-9)
+
+
+def test_the_error_of_a_search_is_the_deviation_of_what_its_starts_found() -> None:
+    model, (x, y) = convnet(dtype=torch.float64), examples(6, torch.float64)
+    surface = LossSurface(model, x, y, seed=3)
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator_for(3, "worst")))
+    singles = WorstFlatness(WeightBall(0.1), restarts=4, steps=3, loss="clean", seed=seed)(model, x, y).trials
+    found = read(WorstRise(WeightBall(0.1), restarts=4, steps=3), surface)
+    assert found.value == pytest.approx(float(singles.max()), rel=1e-12)
+    assert found.standard_error == pytest.approx(float(singles.std()), rel=1e-9)
 
 
 def test_worst_case_flatness_moves_images_and_weights_on_the_attacked_loss() -> None:
