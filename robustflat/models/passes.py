@@ -93,4 +93,4 @@ def count_pass(module: nn.Module, x: Tensor, logits: Tensor) -> None:
     for hook in module._forward_hooks.values():
         output = logits.detach().requires_grad_()
         hook(module, (x,), output)
-        torch.autograd.grad(output.view_as(output), output, logits)
+        torch.autograd.grad(output.view_as(output).sum(), output)
