@@ -1,0 +1,45 @@
+"""Which attack and which measure a report takes its numbers from, on tables where the answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from robustflat.reporting.quantities import Pool, quantities
+from robustflat.reporting.records import RunRecord, Study
+from robustflat.reporting.study_plots import Material
+from robustflat.store.tables import tidy
+from tests.unit.reporting.made_up import record, row
+
+
+def run(number: int, *rows: dict[str, object]) -> RunRecord:
+    """A run with the usual rows and further ones, those before the usual ones."""
+    made = record(f"M {number}", "M", 0, 0.2 + 0.1 * number, 2.0 + number, run_id=f"{number:08x}")
+    return replace(made, table=pd.concat([tidy(rows), made.table], ignore_index=True))
+
+
+def snapshots(*, last: bool) -> list[dict[str, object]]:
+    """The robust loss by a weak attack and flatness from few draws at twenty snapshots, and at the last network."""
+    places = [{"checkpoint": f"epoch_{epoch:04}", "epoch": epoch} for epoch in range(5, 105, 5)]
+    places += [{"checkpoint": "last"}] if last else []
+    weak = [row("x", 0, "attack", "pgd20_once", "robust_loss", 0.1, **place) for place in places]
+    return weak + [row("x", 0, "flatness", "average_3", "flatness", 0.1, loss="robust", **place) for place in places]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_many_snapshots_do_not_outvote_the_attack_of_the_last_network(last: bool) -> None:
+    usual = [run(0), run(1), run(2)]
+    material = Material(Study("x", "?", [*usual, run(3, *snapshots(last=last))]))
+    assert material.quantities["robust_loss"].name == "pgd20 robust_loss (test) @last"
+    assert material.runs["robust_loss"].tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert material.quantities["average"].name == "average flatness (test) @last"
+
+
+def test_autoattack_counts_where_the_networks_compared_have_it() -> None:
+    stopped = row("x", 0, "attack", "autoattack", "robust_error", 0.6, checkpoint="early_stopped")
+    whole = row("x", 0, "attack", "autoattack", "robust_error", 0.6)
+    for rows, attack in (([stopped], "pgd20"), ([stopped, whole], "autoattack")):
+        found = quantities(Pool(Study("x", "?", [run(0), run(1, *rows)])))
+        assert found["robust_error"].name == f"{attack} robust_error (test) @last"
