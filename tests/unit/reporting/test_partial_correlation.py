@@ -43,6 +43,26 @@ def test_group_and_controls_are_what_regression_leaves() -> None:
     assert found.low < found.value < found.high and "given c, d and the group" in str(found)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_units_of_the_controls_do_not_matter(unit: float) -> None:
+    c, d, x, y = np.random.default_rng(2).normal(size=(4, 30))
+    x, y = x + 3 * c, y + 3 * c
+    found = partial_correlation(x, y, {"c": c, "d": unit * d})
+    expected = partial_correlation(x, y, {"c": c, "d": d})
+    assert found.value == pytest.approx(expected.value) and found.low == pytest.approx(expected.low)
+    design = np.column_stack([np.ones(30), c, d])
+    left = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
+    assert found.value == pytest.approx(stats.pearsonr(*left)[0])
+
+
+def test_a_control_that_does_not_vary_holds_nothing_fixed() -> None:
+    x, y, c = np.random.default_rng(3).normal(size=(3, 20))
+    assert partial_correlation(x, y, {"c": c, "constant": np.full(20, 0.1)}).value == pytest.approx(
+        partial_correlation(x, y, {"c": c}).value
+    )
+    assert within_family(x, y, ["one"] * 20).value == pytest.approx(correlation(x, y).value)
+
+
 def test_nothing_left_by_the_controls() -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 12))
     assert "does not vary once the controls are held fixed" in partial_correlation(x, y, {"c": 2 * x + 1}).why
