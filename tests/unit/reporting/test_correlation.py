@@ -142,6 +142,18 @@ def test_perfect_relations_have_no_interval() -> None:
     assert tiny.defined and "interval" in str(tiny)
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_p_of_wholly_agreeing_ranks_is_that_of_all_orders(n: int, sign: int) -> None:
+    x = np.arange(n)
+    found = correlation(x, sign * x**3, method="spearman")
+    orders = list(itertools.permutations(range(n))) if n <= 5 else []
+    extreme = sum(list(order) in (list(range(n)), list(range(n))[::-1]) for order in orders)
+    assert found.p == pytest.approx(extreme / len(orders) if orders else 2 / math.factorial(n))
+    tied = correlation([1, 1, 2, 3, 4], [5, 5, 6, 7, 8], method="spearman")
+    assert tied.value == 1 and 0.001 < tied.p < 0.1
+
+
 def test_clusters_are_what_counts() -> None:
     x, y = sample(12)
     groups = np.repeat(np.arange(12), 5)
