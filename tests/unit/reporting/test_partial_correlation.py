@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats
 
 from robustflat.errors import UserError
 from robustflat.reporting.correlation import (
+    Correlation,
     Resampling,
     across_families,
     corrected_for_noise,
@@ -85,6 +87,21 @@ def test_opposite_inside_and_across_families() -> None:
     assert "Over 48 models of 12 families" in str(across)
     alone = within_family([*x, 0.0], [*y, 1.0], [*family, 99])
     assert alone.value == pytest.approx(inside.value) and "1 of 49 models" in str(alone)
+
+
+@pytest.mark.parametrize("of", [within_family, across_families])
+def test_models_left_out_for_a_missing_value_are_told(of: Callable[..., Correlation]) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 24))
+    x[3] = math.nan
+    found = of(x, y, np.repeat(np.arange(8), 3))
+    assert found.n == 23 and str(found).count("1 of 24 models left out") == 1
+
+
+@pytest.mark.parametrize("count", [11, 13])
+def test_clusters_need_a_label_for_each_model(count: int) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 12))
+    with pytest.raises(UserError, match=f"12 values, clusters has {count}"):
+        within_family(x, y, np.repeat(np.arange(4), 3), clusters=np.arange(count))
 
 
 def test_families_that_say_nothing() -> None:
