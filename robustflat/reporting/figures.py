@@ -89,7 +89,8 @@ def _draw(item: Item, axes: Axes) -> None:
         _points(item, axes)
     elif isinstance(item, Line):
         colour = _colour(item.style)
-        axes.plot(item.x, item.y, _DASHES[item.style.shape % len(_DASHES)], color=colour, label=_label(item.name))
+        shape = _DASHES[item.style.shape % len(_DASHES)] if len(item.x) > 1 else "o"
+        axes.plot(item.x, item.y, shape, color=colour, label=_label(item.name))
         if item.low:
             axes.fill_between(item.x, item.low, item.high, color=colour, alpha=0.15, linewidth=0)
     elif isinstance(item, Bars):
