@@ -80,11 +80,11 @@ def _verdict(average: Correlation, worst: Correlation) -> str:
 def _worst_words(average: Correlation, worst: Correlation) -> str:
     if worst.low <= 0 <= worst.high:
         return "no relation is clear"
-    if worst.value < 0:
-        return "the relation is the other way round"
-    if average.low > 0 and worst.high < average.low:
-        return "the relation is there, but weaker"
-    return "the relation is there, too"
+    if worst.low > 0 and average.low > 0:
+        return f"the relation is there, {'but weaker' if worst.high < average.low else 'too'}"
+    if worst.high < 0 and average.high < 0:
+        return "it is the other way round, too"
+    return f"the flatter the minimum, the {'lower' if worst.low > 0 else 'higher'} the robust loss"
 
 
 def _number(result: Correlation) -> Number:

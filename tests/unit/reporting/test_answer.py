@@ -1,0 +1,51 @@
+"""The verdict of a report says what its intervals say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from robustflat.reporting.answer import answer_of
+from robustflat.reporting.correlation import Correlation
+from robustflat.reporting.findings import Findings
+from robustflat.reporting.study_plots import Material
+from tests.unit.reporting.made_up import study
+
+CLEAR, WEAK, NONE, AGAINST = (0.7, 0.9), (0.2, 0.5), (-0.2, 0.5), (-0.8, -0.3)
+UNKNOWN = (math.nan, math.nan)
+
+
+def verdict(average: tuple[float, float], worst: tuple[float, float] | None) -> str:
+    """The first paragraph for intervals of the two correlations; None: not measured."""
+
+    def found(word: str, ends: tuple[float, float] | None) -> tuple[Correlation, ...]:
+        x = f"{word}-case flatness"
+        if ends is None:
+            return (Correlation("Pearson", x, "RLoss", why="Missing."),)
+        return (Correlation("Pearson", x, "RLoss", sum(ends) / 2, *ends, n=12, units=12),)
+
+    made = Findings(found("average", average), found("worst", worst), ())
+    return answer_of(Material(study(3, 1, full=False)), made).paragraphs[0]
+
+
+@pytest.mark.parametrize(
+    ("average", "worst", "begins", "ends"),
+    [
+        (CLEAR, CLEAR, "Yes", "the relation is there, too."),
+        (CLEAR, WEAK, "Yes", "the relation is there, but weaker."),
+        (CLEAR, NONE, "Yes", "no relation is clear."),
+        (CLEAR, AGAINST, "Yes", "the flatter the minimum, the higher the robust loss."),
+        (NONE, CLEAR, "Not clear", "For worst-case flatness, the flatter the minimum, the lower the robust loss."),
+        (NONE, AGAINST, "Not clear", "For worst-case flatness, the flatter the minimum, the higher the robust loss."),
+        (AGAINST, CLEAR, "No", "For worst-case flatness, the flatter the minimum, the lower the robust loss."),
+        (AGAINST, AGAINST, "No", "it is the other way round, too."),
+        (CLEAR, None, "Yes", "the flatter the minimum (average case), the lower the robust loss."),
+        (UNKNOWN, CLEAR, "Yes", "the flatter the minimum (worst case), the lower the robust loss."),
+    ],
+)
+def test_the_verdict_of_two_intervals(
+    average: tuple[float, float], worst: tuple[float, float] | None, begins: str, ends: str
+) -> None:
+    text = verdict(average, worst)
+    assert text.startswith(begins) and text.endswith(ends)
