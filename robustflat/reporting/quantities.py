@@ -216,7 +216,7 @@ def run_frame(pool: Pool, wanted: Sequence[Quantity]) -> pd.DataFrame:
             made[f"gap_{metric}_stderr"] = squares**0.5
     frame = pd.DataFrame(made)
     errors = made.get("robust_error", pd.Series(math.nan, index=frame.index, dtype="float64"))
-    edges = group_edges(pool.study, errors)
+    edges = group_edges(pool.study, errors[frame["status"] != "failed"])
     return frame.assign(group=[group_of(float(error), edges) for error in errors])
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 from torch import Tensor
+
+from robustflat.errors import UserError
 
 LEDGER_COLUMNS = ("phase", "forwards", "backwards", "images", "seconds", "images_per_second", "peak_memory_mib")
 """Columns of a compute ledger: passes are counted in batches, memory is the peak of the process or the device."""
@@ -94,6 +97,9 @@ class Study:
         group_edges: robust errors in [0, 1], ascending, that separate good, average, poor (and worse) networks; ():
             30th and 70th percentile.
         notes: sentences shown under the answer.
+
+    Raises:
+        UserError: if classes, group_edges or notes are not of this form.
     """
 
     title: str
@@ -107,3 +113,17 @@ class Study:
     checkpoint: str = "last"
     group_edges: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what a file or a command line may hold instead."""
+        if self.classes is not None and (not isinstance(self.classes, int) or self.classes < 2):
+            raise UserError(f"classes must be a whole number of at least 2, got {self.classes!r}.")
+        if isinstance(self.notes, str):
+            raise UserError(f"notes must be a list of sentences, got one text: write notes=['{self.notes}'].")
+        edges = self.group_edges if isinstance(self.group_edges, Sequence) else None
+        if edges is None or len(edges) > 3 or not all(isinstance(edge, int | float) for edge in edges):
+            raise UserError(f"group_edges must be a list of up to 3 numbers, got {self.group_edges!r}.")
+        if not all(0 <= edge <= 1 for edge in edges) or any(a >= b for a, b in pairwise(edges)):
+            raise UserError(
+                f"group_edges must be rising robust errors between 0 and 1, such as [0.57, 0.6], got {list(edges)}."
+            )

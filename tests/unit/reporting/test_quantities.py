@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from robustflat.apps.report import study_page
+from robustflat.errors import UserError
 from robustflat.reporting.quantities import Pool, quantities
 from robustflat.reporting.records import RunRecord, Study
 from robustflat.reporting.study_plots import Material
@@ -43,3 +46,28 @@ def test_autoattack_counts_where_the_networks_compared_have_it() -> None:
     for rows, attack in (([stopped], "pgd20"), ([stopped, whole], "autoattack")):
         found = quantities(Pool(Study("x", "?", [run(0), run(1, *rows)])))
         assert found["robust_error"].name == f"{attack} robust_error (test) @last"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"group_edges": (57, 60)}, "between 0 and 1"),
+        ({"group_edges": (0.6, 0.57)}, "rising"),
+        ({"group_edges": (0.1, 0.2, 0.3, 0.4)}, "up to 3"),
+        ({"group_edges": 0.57}, "up to 3"),
+        ({"group_edges": ("a",)}, "numbers"),
+        ({"notes": "One sentence."}, r"notes=\['One sentence.'\]"),
+        ({"classes": 1}, "at least 2"),
+        ({"classes": "ten"}, "whole number"),
+    ],
+)
+def test_fields_of_a_study_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study_page("x", "?", [], fields)
+
+
+def test_failed_runs_do_not_move_the_edges_of_the_groups() -> None:
+    whole = [record(f"M {i}", "M", 0, 0.5, 1.0 + i / 4, run_id=f"{i:08x}") for i in range(6)]
+    broken = [replace(run, run_id=f"1{run.run_id[1:]}", status="failed", label=f"F {i}") for i, run in enumerate(whole[3:])]
+    alone, beside = (Material(Study("x", "?", runs)).runs for runs in (whole, [*whole, *broken]))
+    assert alone["group"].nunique() == 3 and beside["group"].tolist() == alone["group"].tolist()
