@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", ":", "-.")
 _INK = "#222222"
 _LEGEND_ROWS = 14
+_ENDINGS = (".png", ".svg", ".html", ".pdf", ".jpg")
 
 
 def figure_of(drawing: Drawing) -> Figure:
@@ -48,28 +51,61 @@ def draw(drawing: Drawing, axes: Axes) -> None:
 
 
 def save(figure: Figure, folder: Path, key: str) -> list[Path]:
-    """Write `<key>.svg` and `<key>.png`, each whole or not at all; equal figures give equal files.
+    """Write `<key>.svg` and `<key>.png`; see `write`.
 
     Raises:
         UserError: if a file cannot be written.
     """
-    written = []
-    make_folder(folder)
-    for suffix in ("svg", "png"):
-        final = folder / f"{key}.{suffix}"
-        unfinished = folder / f".{key}.{os.getpid()}.{suffix}"
-        try:
-            with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}), warnings.catch_warnings():
-                # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
-                warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-                figure.savefig(unfinished, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
-            os.replace(unfinished, final)
-        except OSError as error:
-            raise UserError(f"Cannot write {final}: {error.strerror or error}.") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-        written.append(final)
+    written = [folder / f"{key}.{suffix}" for suffix in ("svg", "png")]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        for path in written:
+            write(figure, path, dpi=110, salt=key)
     return written
+
+
+def write(figure: Figure, path: Path, *, dpi: int = 150, salt: str = "robustflat", tight: bool = False) -> None:
+    """Write a figure whole or not at all, in the format of the path's ending; equal figures give equal files.
+
+    Args:
+        figure: what to write.
+        path: file; its folder is made if needed.
+        dpi: dots per inch of a raster.
+        salt: of the names inside an SVG.
+        tight: fit the page to what is drawn, also outside of the figure.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    fit: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.1} if tight else {}
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with replacing(path) as unfinished, matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+        # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(unfinished, dpi=dpi, metadata=metadata, **fit)
+
+
+def with_ending(path: Path | str, ending: str) -> Path:
+    """The path with another ending in place of that of a picture; "radius_0.5" keeps its fraction."""
+    plain = Path(path)
+    return plain.with_name((plain.stem if plain.suffix.lower() in _ENDINGS else plain.name) + ending)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it replaces when it is complete and never before.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    make_folder(path.parent)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

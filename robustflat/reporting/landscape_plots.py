@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustflat.errors import UserError
+from robustflat.reporting.figures import with_ending, write
 from robustflat.reporting.records import Lines
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -213,23 +214,14 @@ def _curves(axes: Axes, steps: Values, values: Values, index: int, name: str, em
 
 
 def _saved(figure: Figure, path: Path | str, title: str, caption: str) -> list[Path]:
-    """Write PNG and SVG beside each other, each replaced only when complete."""
+    """Write PNG and SVG beside each other."""
     if title:
         figure.suptitle(title, fontsize=11)
     if caption:
         # Below the axes: the bounding box grows with it, the axes keep their size.
         text = textwrap.fill(caption, width=int(16.5 * figure.get_figwidth()))
         figure.text(0.01, -0.01, text, fontsize=8, color="0.3", va="top", ha="left")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix in _FORMATS:
-        final = target.with_suffix(suffix)
-        unfinished = final.with_name(f".{final.stem}.unfinished{suffix}")
-        # Without a date and with fixed names inside, equal landscapes give equal files.
-        metadata = {"Date": None} if suffix == ".svg" else None
-        with matplotlib.rc_context({"svg.hashsalt": "robustflat"}):
-            figure.savefig(unfinished, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
-        unfinished.replace(final)
-        written.append(final)
+    written = [with_ending(path, suffix) for suffix in _FORMATS]
+    for file in written:
+        write(figure, file, tight=True)
     return written

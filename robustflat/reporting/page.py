@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -17,7 +16,6 @@ import plotly.offline  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustflat.errors import UserError
 from robustflat.reporting import figures
 from robustflat.reporting.answer import answer_of
 from robustflat.reporting.charts import chart
@@ -92,7 +90,7 @@ def write_report(study: Study, output: Path | str) -> Path:
     """
     output = Path(output)
     place = _Place(output if output.suffix.lower() in (".html", ".htm") else output / "index.html")
-    figures.make_folder(place.page.parent)
+    figures.make_folder(place.page.parent)  # before the work
     material = Material(study)
     found = findings(material)
     parts = sections_of(material, found)
@@ -107,7 +105,8 @@ def write_report(study: Study, output: Path | str) -> Path:
         "made": _made(study),
         **_assets(),
     }
-    _write(place.page, _environment().get_template("report.html.j2").render(context))
+    with figures.replacing(place.page) as unfinished:
+        unfinished.write_text(_environment().get_template("report.html.j2").render(context), encoding="utf-8")
     return place.page
 
 
@@ -211,14 +210,3 @@ def _version() -> str:
         return metadata.version("robustflat")
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
