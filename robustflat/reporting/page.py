@@ -30,6 +30,9 @@ from robustflat.store.tables import as_text, write_table
 EMBED_LIMIT = 100_000
 """Characters up to which a table's download is part of the page; a longer one is only a file beside it."""
 
+SENTENCES = ("note", "reason", "verdict", "interval")
+"""Columns that hold sentences and need room for them."""
+
 DOWNLOADS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 
 _TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex"}
@@ -141,7 +144,10 @@ def _table(table: ReportTable | Missing, place: _Place) -> dict[str, Any]:
         if len(text) <= EMBED_LIMIT:
             href = f"data:{_TYPES[ending]};base64,{base64.b64encode(text.encode()).decode()}"
         files.append({"name": path.name, "label": label, "href": href})
-    columns = [{"name": n, "numeric": is_number} for n, is_number in zip(table.columns, table.numeric, strict=True)]
+    columns = [
+        {"name": name, "style": "number" if is_number else "sentence" if name in SENTENCES else ""}
+        for name, is_number in zip(table.columns, table.numeric, strict=True)
+    ]
     texts = {name: getattr(table, name) for name in ("key", "title", "caption", "filters", "deferred")}
     return {**texts, "missing": "", "columns": columns, "rows": () if table.deferred else table.rows, "files": files}
 

@@ -43,9 +43,14 @@ def study_figure(study: Study) -> Figure:
         else:
             axes.set_axis_off()
             axes.text(0.5, 0.5, f"{drawing.title}:\n{drawing.reason}", ha="center", va="center", wrap=True)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }  # fmt: skip
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=len(handles), frameon=False,
+                      fontsize=8)  # fmt: skip
     return figure
 
 

@@ -122,6 +122,8 @@ def test_curves_stopped_at_the_same_cost() -> None:
     assert frame["epoch"].tolist()[:2] == [10, 5] and pd.isna(frame["epoch"].iloc[2])
     assert frame["value"].iloc[1] == pytest.approx(long["test/robust_loss"].iloc[4])
     assert "no history" in frame["note"].iloc[2]
+    unplaced = history_at_cost([run("d", 1.0, 100, short.drop(columns="epoch"))])
+    assert "no history" in unplaced["note"].item()
 
 
 def test_names_of_quantities() -> None:
