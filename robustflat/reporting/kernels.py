@@ -82,7 +82,8 @@ def partial(controls: Array, *, ranks: bool, ranked: int = 0) -> Kernel:
         # Controls on one scale, or the inverse would take one of small numbers beside one of large ones for redundant;
         # those that do not vary in a sample drop out.
         size = np.where(squares > floors, np.sqrt(squares), np.inf)[:, 2:]
-        across, among = moments[:, :2, 2:] / size[:, None, :], moments[:, 2:, 2:] / (size[:, :, None] * size[:, None, :])
+        across = moments[:, :2, 2:] / size[:, None, :]
+        among = moments[:, 2:, 2:] / (size[:, :, None] * size[:, None, :])
         explained = across @ np.linalg.pinv(among, rcond=1e-10, hermitian=True) @ across.transpose(0, 2, 1)
         left = moments[:, :2, :2] - explained
         xx, yy, xy = left[:, 0, 0], left[:, 1, 1], left[:, 0, 1]

@@ -126,8 +126,8 @@ def quantities(pool: Pool) -> dict[str, Quantity]:
     """Key -> quantity, for all that some run has.
 
     Attacks and measures are those that `study.measures` names, or else those that most runs have on test examples at
-    the study's checkpoint, of equals the first in the tables: the attack of RErr is AutoAttack if some run has it there;
-    flatness measures are told by their name and loss.
+    the study's checkpoint, of equals the first in the tables. The attack of RErr is AutoAttack if some run has it
+    there; flatness measures are told by their name and loss.
 
     Raises:
         UserError: if `study.measures` names a part that there is none of, or a measure that no run has.

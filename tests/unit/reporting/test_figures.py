@@ -62,9 +62,14 @@ def test_a_folder_that_cannot_be_made_is_told(writer: Callable[[Path], Any], tmp
 
 
 def test_a_name_with_a_fraction_is_kept(tmp_path: Path) -> None:
-    written = [file for radius in ("0.5", "0.25") for file in landscape_lines({"a": lines()}, tmp_path / f"xi_{radius}")]
+    written = [
+        file for radius in ("0.5", "0.25") for file in landscape_lines({"a": lines()}, tmp_path / f"xi_{radius}")
+    ]
     assert {file.name for file in written} == {"xi_0.5.png", "xi_0.5.svg", "xi_0.25.png", "xi_0.25.svg"}
-    assert [with_ending(f"a.{ending}", ".svg").name for ending in ("png", "SVG", "html", "b")] == [*["a.svg"] * 3, "a.b.svg"]
+    assert [with_ending(f"a.{ending}", ".svg").name for ending in ("png", "SVG", "html", "b")] == [
+        *["a.svg"] * 3,
+        "a.b.svg",
+    ]
 
 
 def test_marks_of_the_outermost_nodes_stand_on_the_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

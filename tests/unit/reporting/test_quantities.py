@@ -68,6 +68,8 @@ def test_fields_of_a_study_are_checked(fields: dict[str, Any], message: str) -> 
 
 def test_failed_runs_do_not_move_the_edges_of_the_groups() -> None:
     whole = [record(f"M {i}", "M", 0, 0.5, 1.0 + i / 4, run_id=f"{i:08x}") for i in range(6)]
-    broken = [replace(run, run_id=f"1{run.run_id[1:]}", status="failed", label=f"F {i}") for i, run in enumerate(whole[3:])]
+    broken = [
+        replace(run, run_id=f"1{run.run_id[1:]}", status="failed", label=f"F {i}") for i, run in enumerate(whole[3:])
+    ]
     alone, beside = (Material(Study("x", "?", runs)).runs for runs in (whole, [*whole, *broken]))
     assert alone["group"].nunique() == 3 and beside["group"].tolist() == alone["group"].tolist()
