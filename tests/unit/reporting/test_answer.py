@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -49,3 +50,16 @@ def test_the_verdict_of_two_intervals(
 ) -> None:
     text = verdict(average, worst)
     assert text.startswith(begins) and text.endswith(ends)
+
+
+def test_facts_name_what_differs_between_the_quantities() -> None:
+    made = study(3, 1, full=False)
+    fewer = [
+        replace(run, table=run.table.assign(count=run.table["count"].mask(run.table["kind"] == "flatness", 100)))
+        for run in made.runs
+    ]
+    found = Findings((Correlation("Pearson", "x", "y"),), (Correlation("Pearson", "x", "y"),), ())
+    same, other = (dict(answer_of(Material(replace(made, runs=runs)), found).facts) for runs in (made.runs, fewer))
+    assert same["Examples"] == "1000 (test[:1000])" and same["Threat model"] == "L-infinity, radius 8/255"
+    assert "RLoss: 1000 (test[:1000])" in other["Examples"]
+    assert "average-case flatness: 100 (test[:1000])" in other["Examples"]

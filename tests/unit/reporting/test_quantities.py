@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from robustflat.apps.report import study_page
 from robustflat.errors import UserError
-from robustflat.reporting.quantities import Pool, quantities
+from robustflat.reporting.quantities import Pool, group_of, quantities
 from robustflat.reporting.records import RunRecord, Study
 from robustflat.reporting.study_plots import Material
 from robustflat.store.tables import tidy
@@ -73,3 +74,10 @@ def test_failed_runs_do_not_move_the_edges_of_the_groups() -> None:
     ]
     alone, beside = (Material(Study("x", "?", runs)).runs for runs in (whole, [*whole, *broken]))
     assert alone["group"].nunique() == 3 and beside["group"].tolist() == alone["group"].tolist()
+
+
+def test_edges_belong_to_the_worse_group_but_the_last_of_three() -> None:
+    edges = (57.0, 60.0, 62.8)
+    told = [group_of(error, edges) for error in (56.9, 57.0, 59.9, 60.0, 62.8, 62.9)]
+    assert told == ["good", "average", "average", "poor", "poor", "worse"]
+    assert group_of(50.0, ()) == group_of(math.nan, edges) == ""
