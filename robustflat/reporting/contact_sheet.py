@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustflat.errors import UserError, require_range
-from robustflat.reporting.figures import write
+from robustflat.reporting.figures import plain_text, write
 
 TILE_INCHES = 1.0
 TITLE_INCHES = 0.3
@@ -47,7 +47,7 @@ def contact_sheet(rows: Mapping[str, Tensor], path: Path | str, *, columns: int 
     FigureCanvasAgg(figure)
     for axes, (title, strip) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items(), strict=True):
         axes.imshow(strip, interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=8)
+        axes.set_title(plain_text(title), loc="left", fontsize=8)
         axes.set_anchor("W")
         axes.set_axis_off()
     write(figure, target)

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from robustflat.errors import UserError
-from robustflat.reporting.figures import with_ending, write
+from robustflat.reporting.figures import legend_label, plain_text, with_ending, write
 from robustflat.reporting.landscape_plots import COLOURS
 
 Nodes = tuple[NDArray[Any], NDArray[Any]]
@@ -52,7 +52,7 @@ def density_picture(densities: Mapping[str, Nodes], path: Path, *, title: str = 
         curves = np.stack([_density(points, n, w, sigma) for n, w in zip(nodes, weights, strict=True)])
         for curve in curves if len(curves) > 1 else []:
             axes.semilogy(points, curve, color=colour, linewidth=0.5, alpha=0.35)
-        axes.semilogy(points, curves.mean(axis=0), color=colour, linewidth=1.6, label=label)
+        axes.semilogy(points, curves.mean(axis=0), color=colour, linewidth=1.6, label=legend_label(label))
         peak = max(peak, float(curves.max()))
     for (nodes, _), colour in zip(densities.values(), _colours(len(densities)), strict=True):
         for end in (float(nodes.min()), float(nodes.max())):
@@ -63,7 +63,7 @@ def density_picture(densities: Mapping[str, Nodes], path: Path, *, title: str = 
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title=f"nodes widened by {sigma:.2g}", title_fontsize=8, fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(plain_text(title), fontsize=9)
     files = [with_ending(path, ending) for ending in (".png", ".svg")]
     for file in files:
         write(figure, file)

@@ -45,7 +45,7 @@ def draw(drawing: Drawing, axes: Axes) -> None:
     """Draw into axes that there are, without legend and title."""
     for item in drawing.items:
         _draw(item, axes)
-    axes.set(xlabel=_plain_text(drawing.x), ylabel=_plain_text(drawing.y))
+    axes.set(xlabel=plain_text(drawing.x), ylabel=plain_text(drawing.y))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -126,7 +126,7 @@ def _draw(item: Item, axes: Axes) -> None:
     elif isinstance(item, Line):
         colour = _colour(item.style)
         shape = _DASHES[item.style.shape % len(_DASHES)] if len(item.x) > 1 else "o"
-        axes.plot(item.x, item.y, shape, color=colour, label=_label(item.name))
+        axes.plot(item.x, item.y, shape, color=colour, label=legend_label(item.name))
         if item.low:
             axes.fill_between(item.x, item.low, item.high, color=colour, alpha=0.15, linewidth=0)
     elif isinstance(item, Bars):
@@ -135,11 +135,11 @@ def _draw(item: Item, axes: Axes) -> None:
         _arrows(item, axes)
     elif item.axis == "x":
         axes.axvline(item.at, color="0.5", linestyle=":", linewidth=0.9)
-        axes.annotate(_plain_text(item.text), (item.at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
+        axes.annotate(plain_text(item.text), (item.at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
                       xytext=(2, -2), textcoords="offset points", va="top")  # fmt: skip
     else:
         axes.axhline(item.at, color="0.5", linestyle=":", linewidth=0.9)
-        axes.annotate(_plain_text(item.text), (1, item.at), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
+        axes.annotate(plain_text(item.text), (1, item.at), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
                       ha="right", va="bottom")  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _points(item: Points, axes: Axes) -> None:
     if item.y_error and np.isfinite(item.y_error).any():
         errors["yerr"] = np.nan_to_num(item.y_error)
     axes.errorbar(
-        item.x, item.y, **errors, color=_colour(item.style), label=_label(item.name), elinewidth=0.7,
+        item.x, item.y, **errors, color=_colour(item.style), label=legend_label(item.name), elinewidth=0.7,
         marker=_MARKERS[item.style.shape % len(_MARKERS)], markersize=5,
         markeredgecolor="white", markeredgewidth=0.5, linestyle="-" if item.joined else "none", linewidth=1.2,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _bars(item: Bars, axes: Axes) -> None:
     for bar, strong in zip(bars, item.strong, strict=True):
         if not strong:
             bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
-    axes.set_yticks(places, [_plain_text(name) for name in item.names], fontsize=7)
+    axes.set_yticks(places, [plain_text(name) for name in item.names], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -174,19 +174,19 @@ def _arrows(item: Arrows, axes: Axes) -> None:
         axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 0.9})
     # The arrows do not move the limits of the axes by themselves.
     axes.plot([*item.x, *item.to_x], [*item.y, *item.to_y], "none")
-    axes.plot(item.x, item.y, "o", markersize=3, color=colour, label=_label(item.name))
+    axes.plot(item.x, item.y, "o", markersize=3, color=colour, label=legend_label(item.name))
 
 
 def _colour(style: Style) -> str:
     return _INK if style.colour is None else LIGHT[style.colour % len(LIGHT)]
 
 
-def _label(name: str) -> str | None:
+def legend_label(name: str) -> str | None:
     """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
-    text = _plain_text(name)
+    text = plain_text(name)
     return None if not name else f" {text}" if text.startswith("_") else text
 
 
-def _plain_text(text: str) -> str:
+def plain_text(text: str) -> str:
     """A dollar would start a formula."""
     return text.replace("$", r"\$")

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robustflat.reporting.figures import write
+from robustflat.reporting.figures import plain_text, write
 
 TRAIN, TEST = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion: told apart by the colour-blind
 
@@ -52,7 +52,7 @@ def training_curves(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(plain_text(title), fontsize=10)
     write(figure, path)
 
 

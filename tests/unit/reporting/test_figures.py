@@ -81,3 +81,24 @@ def test_marks_of_the_outermost_nodes_stand_on_the_axis(tmp_path: Path, monkeypa
     marks = [line for line in axes.lines if line.get_marker() == "^"]
     assert [float(line.get_xdata()[0]) for line in marks] == [0.0, 50.0, 0.0, 0.0]
     assert all(float(line.get_ydata()[0]) == axes.get_ylim()[0] for line in marks)
+
+
+@pytest.mark.parametrize("name", [r"cost $\foo{ $ of it", "_hidden"])
+def test_names_of_networks_are_shown_as_they_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, target, **options: (drawn.append(self), target.touch())[1])
+    landscape_lines({name: lines()}, tmp_path / "a.png", caption=name)
+    density_picture({name: NODES}, tmp_path / "b.png", title=name)
+    shown = [figure.legends or [figure.axes[0].get_legend()] for figure in (drawn[0], drawn[-1])]
+    assert [legend.get_texts()[0].get_text().replace(r"\$", "$").strip() for (legend,) in shown] == [name] * 2
+    monkeypatch.undo()
+    assert landscape_lines({name: lines()}, tmp_path / "a.png", caption=name)[0].stat().st_size > 5000
+    assert contact_sheet({name: torch.zeros(1, 3, 4, 4)}, tmp_path / "c.png").stat().st_size > 0
+    training_curves([HISTORY], tmp_path / "d.png", title=name)
+
+
+def test_infinite_losses_are_drawn_around(tmp_path: Path) -> None:
+    far = lines()._replace(
+        losses=torch.tensor([[1.0, 2.0, 1.0, 2.0, float("inf")], [1.0, 2.0, 1.0, 3.0, float("nan")]])
+    )
+    assert landscape_lines({"a": far}, tmp_path / "a.png")[0].stat().st_size > 5000
