@@ -115,15 +115,17 @@ class Study:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what a file or a command line may hold instead."""
-        if self.classes is not None and (not isinstance(self.classes, int) or self.classes < 2):
-            raise UserError(f"classes must be a whole number of at least 2, got {self.classes!r}.")
-        if isinstance(self.notes, str):
-            raise UserError(f"notes must be a list of sentences, got one text: write notes=['{self.notes}'].")
-        edges = self.group_edges if isinstance(self.group_edges, Sequence) else None
-        if edges is None or len(edges) > 3 or not all(isinstance(edge, int | float) for edge in edges):
-            raise UserError(f"group_edges must be a list of up to 3 numbers, got {self.group_edges!r}.")
-        if not all(0 <= edge <= 1 for edge in edges) or any(a >= b for a, b in pairwise(edges)):
-            raise UserError(
-                f"group_edges must be rising robust errors between 0 and 1, such as [0.57, 0.6], got {list(edges)}."
-            )
+        _check(self.classes, self.group_edges, self.notes)
+
+
+def _check(classes: object, edges: object, notes: object) -> None:
+    """Refuse what a file or a command line may hold in place of numbers and lists."""
+    if classes is not None and (not isinstance(classes, int) or classes < 2):
+        raise UserError(f"classes must be a whole number of at least 2, got {classes!r}.")
+    if isinstance(notes, str):
+        raise UserError(f"notes must be a list of sentences, got one text: write notes=['{notes}'].")
+    listed: list[Any] = list(edges) if isinstance(edges, Sequence) else [None]
+    if len(listed) > 3 or not all(isinstance(edge, int | float) for edge in listed):
+        raise UserError(f"group_edges must be a list of up to 3 numbers, got {edges!r}.")
+    if not all(0 <= edge <= 1 for edge in listed) or any(a >= b for a, b in pairwise(listed)):
+        raise UserError(f"group_edges must be rising robust errors between 0 and 1, such as [0.57, 0.6], got {listed}.")
