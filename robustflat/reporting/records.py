@@ -78,6 +78,12 @@ class RunRecord:
     curvature: Mapping[str, Any] = field(default_factory=dict)
     landscapes: Mapping[str, Lines] = field(default_factory=dict)
 
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that it was trained on, from the provenance; "" if that does not say."""
+        described = str(self.provenance.get("data", "")).strip().split("\n")[0].removeprefix("data").strip()
+        return described.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Study:

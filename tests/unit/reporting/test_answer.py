@@ -63,3 +63,20 @@ def test_facts_name_what_differs_between_the_quantities() -> None:
     assert same["Examples"] == "1000 (test[:1000])" and same["Threat model"] == "L-infinity, radius 8/255"
     assert "RLoss: 1000 (test[:1000])" in other["Examples"]
     assert "average-case flatness: 100 (test[:1000])" in other["Examples"]
+
+
+def test_what_does_not_belong_together_is_told() -> None:
+    made = study(4, 1, full=False, dataset="")
+    plain = [
+        replace(run, provenance={"data": "data      digits: 1 x 8 x 8 uint8, 10 classes, on cpu"}) for run in made.runs
+    ]
+    other = replace(plain[0], provenance={"data": "data      cifar10: 3 x 32 x 32 uint8"})
+    wider = replace(plain[1], table=plain[1].table.assign(epsilon=0.3))
+    found = Findings((Correlation("Pearson", "x", "y"),), (Correlation("Pearson", "x", "y"),), ())
+    alike, mixed = (
+        answer_of(Material(replace(made, runs=runs)), found) for runs in (plain, [other, wider, *plain[2:]])
+    )
+    assert dict(alike.facts)["Data set"] == "digits" and not any("several" in text for text in alike.cautions)
+    assert dict(mixed.facts)["Data set"] == "cifar10, digits"
+    assert sum("several data sets (cifar10, digits)" in text for text in mixed.cautions) == 1
+    assert sum("several threat models" in text for text in mixed.cautions) == 1
