@@ -89,7 +89,7 @@ def write_report(study: Study, output: Path | str) -> Path:
         The page.
 
     Raises:
-        UserError: if a file cannot be written, or `study.measures` names what no run has.
+        UserError: if a file cannot be written, or the study names a measure or a checkpoint that no run has.
     """
     output = Path(output)
     place = _Place(output if output.suffix.lower() in (".html", ".htm") else output / "index.html")

@@ -130,7 +130,8 @@ def quantities(pool: Pool) -> dict[str, Quantity]:
     there; flatness measures are told by their name and loss.
 
     Raises:
-        UserError: if `study.measures` names a part that there is none of, or a measure that no run has.
+        UserError: if `study.measures` names a part that there is none of, or a measure that no run has, or no run has
+            the study's checkpoint.
     """
     study = pool.study
     if pool.rows.empty:
@@ -139,6 +140,9 @@ def quantities(pool: Pool) -> dict[str, Quantity]:
     if unknown:
         allowed = ", ".join(sorted({part.role for part in _PARTS.values() if part.role}))
         raise UserError(f"Study.measures has no part {', '.join(sorted(unknown))}. Allowed: {allowed}.")
+    checkpoints = sorted(set(pool.rows["checkpoint"].dropna()))
+    if study.checkpoint not in ("last", "early_stopped", *checkpoints):
+        raise UserError(f"Study.checkpoint: no run has '{study.checkpoint}'. There are: {', '.join(checkpoints)}.")
     found = {key: _found(pool, key, part) for key, part in _PARTS.items()}
     return {key: quantity for key, quantity in found.items() if quantity is not None}
 
