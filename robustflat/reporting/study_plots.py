@@ -203,7 +203,9 @@ def early_stopping(material: Material) -> Drawing | Missing:
     needed = ("average", "robust_loss", "stopped_robust_loss")
     part = material.have(*needed, "stopped_average", models=True)
     moved = len(part) > 0
-    part = part if moved else material.have(*needed, models=True)
+    known = material.have(*needed, models=True)
+    lost = len(known) - len(part) if moved else 0
+    part = part if moved else known
     if part.empty:
         return Missing(key, title, "No run has an early-stopped snapshot with RLoss beside its last one.")
     to_x = part["stopped_average"] if moved else part["average"]
@@ -221,6 +223,8 @@ def early_stopping(material: Material) -> Drawing | Missing:
     if moved:
         flatter = int((part["stopped_average"] < part["average"]).sum())
         reading += f" Average-case flatness is lower, that is, the minimum flatter, for {flatter}."
+    if lost:
+        reading += f" {plural(lost, 'model')} whose early-stopped flatness is not known left out."
     caption = "Arrows point from the last network to the early-stopped one."
     caption += "" if moved else " Flatness of early-stopped networks is not known, so arrows are vertical."
     return Drawing(key, title, caption, reading, material.title("average"), material.title("robust_loss"), tuple(items))

@@ -11,9 +11,10 @@ import pytest
 
 from robustflat.apps.report import study_page
 from robustflat.errors import UserError
+from robustflat.reporting.drawing import Drawing
 from robustflat.reporting.quantities import Pool, group_of, quantities
 from robustflat.reporting.records import RunRecord, Study
-from robustflat.reporting.study_plots import Material
+from robustflat.reporting.study_plots import Material, early_stopping
 from robustflat.store.tables import tidy
 from tests.unit.reporting.made_up import record, row
 
@@ -81,3 +82,14 @@ def test_edges_belong_to_the_worse_group_but_the_last_of_three() -> None:
     told = [group_of(error, edges) for error in (56.9, 57.0, 59.9, 60.0, 62.8, 62.9)]
     assert told == ["good", "average", "average", "poor", "poor", "worse"]
     assert group_of(50.0, ()) == group_of(math.nan, edges) == ""
+
+
+def test_models_that_an_arrow_cannot_be_drawn_for_are_counted() -> None:
+    runs = [run(number) for number in range(3)]
+    bare = [replace(r, table=r.table[(r.table["kind"] != "flatness") | (r.table["checkpoint"] != "early_stopped")])
+            for r in runs]  # fmt: skip
+    for given, lost in (([runs[0], *bare[1:]], "2 models whose early-stopped flatness is not known left out"),
+                        (runs, ""), (bare, "")):  # fmt: skip
+        drawing = early_stopping(Material(Study("x", "?", given)))
+        assert isinstance(drawing, Drawing)
+        assert lost in drawing.reading and bool(lost) == ("left out" in drawing.reading)
