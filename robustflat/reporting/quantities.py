@@ -232,11 +232,11 @@ def model_frame(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
         frame: from `run_frame`.
 
     Returns:
-        label, family, seeds (their number), group, and the numbers of `frame`.
+        label, family, seeds (their number), group, the numbers of `frame`, and <number>_seeds, how many seeds have it.
     """
     values = [str(name) for name in frame if f"{name}_stderr" in frame]
     lines = [_mean_of(part, values) for _, part in frame.groupby("label", sort=False)]
-    names = [name + ending for name in values for ending in ("", "_stderr")]
+    names = [name + ending for name in values for ending in ("", "_stderr", "_seeds")]
     made = pd.DataFrame(lines, columns=["label", "family", "seeds", *names])
     errors = made["robust_error"] if "robust_error" in made else pd.Series(math.nan, index=made.index)
     edges = group_edges(study, frame.get("robust_error", errors))
@@ -248,6 +248,7 @@ def _mean_of(part: pd.DataFrame, values: Sequence[str]) -> dict[str, object]:
     for name in values:
         known = part[name].dropna()
         line[name] = float(known.mean()) if len(known) else math.nan
+        line[f"{name}_seeds"] = len(known)
         if len(known) > 1:
             line[f"{name}_stderr"] = float(known.std(ddof=1)) / math.sqrt(len(known))
         else:

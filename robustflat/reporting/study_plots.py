@@ -70,7 +70,9 @@ class Material:
 def _text(line: Mapping[Hashable, Any], keys: Sequence[tuple[str, str]]) -> str:
     about = [str(line["family"])]
     if "seeds" in line:
-        about.append(f"mean of {line['seeds']} seeds" if line["seeds"] > 1 else "1 seed")
+        counts = sorted({line[f"{key}_seeds"] for key, _ in keys})
+        told = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        about.append("1 seed" if counts == [1] else f"mean of {told} seeds")
     elif line["seed"] is not pd.NA:
         about.append(f"seed {line['seed']}")
     about += [str(line["group"])] if line["group"] else []

@@ -93,3 +93,12 @@ def test_models_that_an_arrow_cannot_be_drawn_for_are_counted() -> None:
         drawing = early_stopping(Material(Study("x", "?", given)))
         assert isinstance(drawing, Drawing)
         assert lost in drawing.reading and bool(lost) == ("left out" in drawing.reading)
+
+
+def test_the_seeds_told_are_those_that_have_the_number() -> None:
+    seeds = [replace(record("a", "A", seed, 0.5, 2.0, run_id=f"{seed:08x}"), label="a") for seed in range(3)]
+    seeds[0] = replace(seeds[0], table=seeds[0].table[seeds[0].table["measure"] != "average"])
+    for runs, said in ((seeds, "mean of 2 to 3 seeds"), (seeds[1:], "mean of 2 seeds"), (seeds[2:], "1 seed")):
+        material = Material(Study("x", "?", runs))
+        (text,) = material.texts(material.have("average", "robust_loss", models=True), "average", "robust_loss")
+        assert text.split("\n")[1].split(", ")[1] == said
