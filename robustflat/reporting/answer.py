@@ -80,11 +80,11 @@ def _verdict(average: Correlation, worst: Correlation) -> str:
 def _worst_words(average: Correlation, worst: Correlation) -> str:
     if worst.low <= 0 <= worst.high:
         return "no relation is clear"
-    if worst.value < 0:
-        return "the relation is the other way round"
-    if average.low > 0 and worst.high < average.low:
-        return "the relation is there, but weaker"
-    return "the relation is there, too"
+    if worst.low > 0 and average.low > 0:
+        return f"the relation is there, {'but weaker' if worst.high < average.low else 'too'}"
+    if worst.high < 0 and average.high < 0:
+        return "it is the other way round, too"
+    return f"the flatter the minimum, the {'lower' if worst.low > 0 else 'higher'} the robust loss"
 
 
 def _number(result: Correlation) -> Number:
@@ -98,7 +98,7 @@ def _number(result: Correlation) -> Number:
 
 def _facts(material: Material) -> tuple[tuple[str, str], ...]:
     study, quantities = material.study, material.quantities
-    facts = [("Data set", study.dataset), ("Networks", _networks(material))]
+    facts = [("Data set", study.dataset or ", ".join(_datasets(material))), ("Networks", _networks(material))]
     rows = {key: _rows(material, quantities[key]) for key in ("robust_loss", "robust_error", "average", "worst")
             if key in quantities}  # fmt: skip
     examples = {key: _examples(rows[key]) for key in rows}
@@ -116,6 +116,12 @@ def _facts(material: Material) -> tuple[tuple[str, str], ...]:
     facts.append(("Weights displaced", ". ".join(part for part in (study.parameters, "; ".join(balls)) if part)))
     facts.append(("Checkpoint", study.checkpoint))
     return tuple((name, value) for name, value in facts if value)
+
+
+def _datasets(material: Material) -> list[str]:
+    """Names of the data sets that the runs were trained on, as far as their provenance says it."""
+    runs = [material.study.runs[int(str(position))] for position in material.runs.index]
+    return sorted({run.dataset for run in runs} - {""})
 
 
 def _threat(rows: pd.DataFrame) -> str:
@@ -168,6 +174,12 @@ def _cautions(material: Material, found: Findings) -> list[str]:
         if material.models["seeds"].max() == 1:
             said.append("Every model was trained once, so the spread between seeds is not in these numbers.")
         said.append("Flatness is a rise of the same robust loss that it is compared with, often on the same examples.")
+    if len(_datasets(material)) > 1:
+        said.append(f"The networks are of several data sets ({', '.join(_datasets(material))}), put together here.")
+    if "robust_loss" in material.quantities:
+        threats = _rows(material, material.quantities["robust_loss"])[["norm", "epsilon"]].round(6).dropna()
+        if len(threats.drop_duplicates()) > 1:
+            said.append("RLoss is under several threat models, put together here.")
     bad = sum(run.status != "done" for run in study.runs)
     if bad:
         said.append(f"{bad} of {plural(len(study.runs), 'run')} failed or lack numbers, see “Failed and partial runs”.")

@@ -76,8 +76,10 @@ def _line(item: Line) -> list[Any]:
             x=_plain([*item.x, *reversed(item.x)]), y=_plain([*item.high, *reversed(item.low)]), fill="toself",
             mode="lines", line={"width": 0}, hoverinfo="skip", name=_safe(item.name), meta={"fill": _token(item.style)},
         ))  # fmt: skip
+    # A single point has no line to be seen by.
     parts.append(go.Scatter(
-        x=_plain(item.x), y=_plain(item.y), mode="lines", line={"width": 2, "dash": dash}, name=_safe(item.name),
+        x=_plain(item.x), y=_plain(item.y), mode="lines" if len(item.x) > 1 else "markers", marker={"size": 7},
+        line={"width": 2, "dash": dash}, name=_safe(item.name),
         hoverinfo="x+y+name" if len(item.x) < 50 else "skip", meta={"colour": _token(item.style)},
     ))  # fmt: skip
     return parts
@@ -174,8 +176,9 @@ def _colour(trace: dict[str, Any]) -> None:
         return
     colour = meta["colour"]
     if trace["type"] == "bar":
-        trace["marker"] = {**trace["marker"], "color": colour}
-        trace["marker"]["pattern"] |= {"fgcolor": PAGE, "solidity": 0.5}
+        # Between the hatches one sees the page, so they have the colour of the bar and the bar an edge.
+        pattern = {**trace["marker"]["pattern"], "fgcolor": colour, "solidity": 0.3}
+        trace["marker"] = {"color": colour, "pattern": pattern, "line": {"color": colour, "width": 1}}
     else:
         trace["line"] = {**trace["line"], "color": colour}
     if "marker" in trace and trace["type"] == "scatter":

@@ -54,12 +54,6 @@ class Quantity(NamedTuple):
             return re.fullmatch(rf"{self.split}(\[.*\])?", split) is not None
         return bool(split == (GAP if self.split == "gap" else self.split))
 
-    def rows(self, record: RunRecord) -> pd.DataFrame:
-        """The rows of the record's table that answer, in their order."""
-        if record.table.empty:
-            return record.table
-        return record.table[[self.fits(row, record.early_stopped) for row in _rows(record)]]
-
 
 def quantity(name: str) -> Quantity:
     """Read the name of a quantity: "[measure ]metric[ (split)][ @checkpoint]".

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustflat.errors import UserError, require_range
+from robustflat.reporting.figures import plain_text, write
 
 TILE_INCHES = 1.0
 TITLE_INCHES = 0.3
@@ -32,7 +33,7 @@ def contact_sheet(rows: Mapping[str, Tensor], path: Path | str, *, columns: int 
         The path of the file.
 
     Raises:
-        UserError: if there is no row, a row holds no images, or columns is below 1.
+        UserError: if there is no row, a row holds no images, columns is below 1, or the file cannot be written.
     """
     require_range("columns", columns, low=1)
     if not rows:
@@ -46,13 +47,10 @@ def contact_sheet(rows: Mapping[str, Tensor], path: Path | str, *, columns: int 
     FigureCanvasAgg(figure)
     for axes, (title, strip) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips.items(), strict=True):
         axes.imshow(strip, interpolation="nearest")
-        axes.set_title(title, loc="left", fontsize=8)
+        axes.set_title(plain_text(title), loc="left", fontsize=8)
         axes.set_anchor("W")
         axes.set_axis_off()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(target)
+    write(figure, target)
     return target
 
 

@@ -64,8 +64,8 @@ def correlation(
 
     The interval is by default BCa over models (percentiles taken further out for Pearson's r, see
     `bootstrap.bootstrap_interval`): on simulated normal data of 12 to 74 models all of the offered ones cover 92 to
-    98 %, and BCa needs no normality. p-values: Student's t (Pearson; Spearman approximately), exact or normal
-    (Kendall).
+    98 %, and BCa needs no normality. p-values: Student's t (Pearson; Spearman approximately, but as for Kendall where
+    the orders agree wholly), exact or normal (Kendall).
 
     Args:
         x, y: (n,) values of n models. Models where one is missing or infinite are left out, and the result says so.

@@ -258,7 +258,7 @@ def _within(history: pd.DataFrame, name: str, part: float) -> tuple[float, int |
     """Last value within a part of the epochs, its epoch, and why there is none."""
     if math.isnan(part):
         return math.nan, None, "no compute ledger"
-    if history.empty or name not in history:
+    if history.empty or name not in history or "epoch" not in history:
         return math.nan, None, f"no history of {name}"
     last = float(history["epoch"].max())
     rows = history[(history["epoch"] <= last * part * (1 + 1e-9)) & np.isfinite(column(history[name], name))]

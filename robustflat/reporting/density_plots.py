@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from robustflat.errors import UserError
+from robustflat.reporting.figures import legend_label, plain_text, with_ending, write
 from robustflat.reporting.landscape_plots import COLOURS
 
 Nodes = tuple[NDArray[Any], NDArray[Any]]
@@ -32,11 +33,11 @@ def density_picture(densities: Mapping[str, Nodes], path: Path, *, title: str = 
 
     Args:
         densities: label -> nodes and weights.
-        path: file name; its ending is replaced.
+        path: file name; an ending .png, .svg or .html is replaced.
         title: above the picture.
 
     Raises:
-        UserError: if there is nothing to draw.
+        UserError: if there is nothing to draw, or a file cannot be written.
     """
     if not densities:
         raise UserError("There is no spectral density to draw: ask for hessian.density_probes=5, say.")
@@ -51,8 +52,9 @@ def density_picture(densities: Mapping[str, Nodes], path: Path, *, title: str = 
         curves = np.stack([_density(points, n, w, sigma) for n, w in zip(nodes, weights, strict=True)])
         for curve in curves if len(curves) > 1 else []:
             axes.semilogy(points, curve, color=colour, linewidth=0.5, alpha=0.35)
-        axes.semilogy(points, curves.mean(axis=0), color=colour, linewidth=1.6, label=label)
+        axes.semilogy(points, curves.mean(axis=0), color=colour, linewidth=1.6, label=legend_label(label))
         peak = max(peak, float(curves.max()))
+    for (nodes, _), colour in zip(densities.values(), _colours(len(densities)), strict=True):
         for end in (float(nodes.min()), float(nodes.max())):
             axes.plot(end, 1e-7 * peak, "^", color=colour, markersize=5, clip_on=False)
     axes.set(xlabel="eigenvalue", ylabel="density (log scale)", ylim=(1e-7 * peak, 3 * peak))
@@ -61,11 +63,10 @@ def density_picture(densities: Mapping[str, Nodes], path: Path, *, title: str = 
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title=f"nodes widened by {sigma:.2g}", title_fontsize=8, fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_suffix(ending) for ending in (".png", ".svg")]
+        figure.suptitle(plain_text(title), fontsize=9)
+    files = [with_ending(path, ending) for ending in (".png", ".svg")]
     for file in files:
-        figure.savefig(file, dpi=150)
+        write(figure, file)
     return files
 
 

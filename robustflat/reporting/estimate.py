@@ -114,7 +114,9 @@ def _with_interval(value: float, data: Paired, asked: Asked, chosen: str) -> Cor
 
 
 def _p(value: float, data: Paired, asked: Asked) -> float:
-    if asked.method == "kendall":
+    perfect = asked.method == "spearman" and not asked.given and abs(value) >= 1 - 1e-12
+    if asked.method == "kendall" or perfect:
+        # Orders that agree wholly are as rare for rho as for tau; Student's t would call them impossible.
         return p_of_kendall(data.x, data.y)
     return math.nan if asked.method == "other" else p_of_t(value, len(data.x) - 2 - asked.controls)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", ":", "-.")
 _INK = "#222222"
 _LEGEND_ROWS = 14
+_ENDINGS = (".png", ".svg", ".html", ".pdf", ".jpg")
 
 
 def figure_of(drawing: Drawing) -> Figure:
@@ -42,34 +45,67 @@ def draw(drawing: Drawing, axes: Axes) -> None:
     """Draw into axes that there are, without legend and title."""
     for item in drawing.items:
         _draw(item, axes)
-    axes.set(xlabel=_plain_text(drawing.x), ylabel=_plain_text(drawing.y))
+    axes.set(xlabel=plain_text(drawing.x), ylabel=plain_text(drawing.y))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, folder: Path, key: str) -> list[Path]:
-    """Write `<key>.svg` and `<key>.png`, each whole or not at all; equal figures give equal files.
+    """Write `<key>.svg` and `<key>.png`; see `write`.
 
     Raises:
         UserError: if a file cannot be written.
     """
-    written = []
-    make_folder(folder)
-    for suffix in ("svg", "png"):
-        final = folder / f"{key}.{suffix}"
-        unfinished = folder / f".{key}.{os.getpid()}.{suffix}"
-        try:
-            with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}), warnings.catch_warnings():
-                # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
-                warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-                figure.savefig(unfinished, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
-            os.replace(unfinished, final)
-        except OSError as error:
-            raise UserError(f"Cannot write {final}: {error.strerror or error}.") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-        written.append(final)
+    written = [folder / f"{key}.{suffix}" for suffix in ("svg", "png")]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        for path in written:
+            write(figure, path, dpi=110, salt=key)
     return written
+
+
+def write(figure: Figure, path: Path, *, dpi: int = 150, salt: str = "robustflat", tight: bool = False) -> None:
+    """Write a figure whole or not at all, in the format of the path's ending; equal figures give equal files.
+
+    Args:
+        figure: what to write.
+        path: file; its folder is made if needed.
+        dpi: dots per inch of a raster.
+        salt: of the names inside an SVG.
+        tight: fit the page to what is drawn, also outside of the figure.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    fit: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.1} if tight else {}
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with replacing(path) as unfinished, matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+        # Names of runs may hold signs that the font lacks: a box in the PNG; SVG keeps them as text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(unfinished, dpi=dpi, metadata=metadata, **fit)
+
+
+def with_ending(path: Path | str, ending: str) -> Path:
+    """The path with another ending in place of that of a picture; "radius_0.5" keeps its fraction."""
+    plain = Path(path)
+    return plain.with_name((plain.stem if plain.suffix.lower() in _ENDINGS else plain.name) + ending)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it replaces when it is complete and never before.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    make_folder(path.parent)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -89,7 +125,8 @@ def _draw(item: Item, axes: Axes) -> None:
         _points(item, axes)
     elif isinstance(item, Line):
         colour = _colour(item.style)
-        axes.plot(item.x, item.y, _DASHES[item.style.shape % len(_DASHES)], color=colour, label=_label(item.name))
+        shape = _DASHES[item.style.shape % len(_DASHES)] if len(item.x) > 1 else "o"
+        axes.plot(item.x, item.y, shape, color=colour, label=legend_label(item.name))
         if item.low:
             axes.fill_between(item.x, item.low, item.high, color=colour, alpha=0.15, linewidth=0)
     elif isinstance(item, Bars):
@@ -98,11 +135,11 @@ def _draw(item: Item, axes: Axes) -> None:
         _arrows(item, axes)
     elif item.axis == "x":
         axes.axvline(item.at, color="0.5", linestyle=":", linewidth=0.9)
-        axes.annotate(_plain_text(item.text), (item.at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
+        axes.annotate(plain_text(item.text), (item.at, 1), xycoords=("data", "axes fraction"), fontsize=7, color="0.4",
                       xytext=(2, -2), textcoords="offset points", va="top")  # fmt: skip
     else:
         axes.axhline(item.at, color="0.5", linestyle=":", linewidth=0.9)
-        axes.annotate(_plain_text(item.text), (1, item.at), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
+        axes.annotate(plain_text(item.text), (1, item.at), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
                       ha="right", va="bottom")  # fmt: skip
 
 
@@ -113,7 +150,7 @@ def _points(item: Points, axes: Axes) -> None:
     if item.y_error and np.isfinite(item.y_error).any():
         errors["yerr"] = np.nan_to_num(item.y_error)
     axes.errorbar(
-        item.x, item.y, **errors, color=_colour(item.style), label=_label(item.name), elinewidth=0.7,
+        item.x, item.y, **errors, color=_colour(item.style), label=legend_label(item.name), elinewidth=0.7,
         marker=_MARKERS[item.style.shape % len(_MARKERS)], markersize=5,
         markeredgecolor="white", markeredgewidth=0.5, linestyle="-" if item.joined else "none", linewidth=1.2,
     )  # fmt: skip
@@ -127,7 +164,7 @@ def _bars(item: Bars, axes: Axes) -> None:
     for bar, strong in zip(bars, item.strong, strict=True):
         if not strong:
             bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
-    axes.set_yticks(places, [_plain_text(name) for name in item.names], fontsize=7)
+    axes.set_yticks(places, [plain_text(name) for name in item.names], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -137,19 +174,19 @@ def _arrows(item: Arrows, axes: Axes) -> None:
         axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 0.9})
     # The arrows do not move the limits of the axes by themselves.
     axes.plot([*item.x, *item.to_x], [*item.y, *item.to_y], "none")
-    axes.plot(item.x, item.y, "o", markersize=3, color=colour, label=_label(item.name))
+    axes.plot(item.x, item.y, "o", markersize=3, color=colour, label=legend_label(item.name))
 
 
 def _colour(style: Style) -> str:
     return _INK if style.colour is None else LIGHT[style.colour % len(LIGHT)]
 
 
-def _label(name: str) -> str | None:
+def legend_label(name: str) -> str | None:
     """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
-    text = _plain_text(name)
+    text = plain_text(name)
     return None if not name else f" {text}" if text.startswith("_") else text
 
 
-def _plain_text(text: str) -> str:
+def plain_text(text: str) -> str:
     """A dollar would start a formula."""
     return text.replace("$", r"\$")

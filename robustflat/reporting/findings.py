@@ -143,7 +143,7 @@ def _bars(found: pd.DataFrame, title: str) -> Drawing | Missing:
         return Missing("measures", title, f"No correlation is defined. {reasons}")
     strong = tuple(bool(p < SIGNIFICANT) for p in known["p_holm"].fillna(1.0))
     labels = tuple(
-        f"{line['x']}\nSpearman {line['value']:.2f} [{line['low']:.2f}, {line['high']:.2f}]\n"
+        f"{line['x']}\nSpearman {line['value']:.2f} {_interval(line['low'], line['high'])}\n"
         f"{p_text(line['p_holm']) if not math.isnan(line['p_holm']) else 'p unknown'} after Holm's correction"
         for line in known.to_dict("records")
     )
@@ -155,3 +155,7 @@ def _bars(found: pd.DataFrame, title: str) -> Drawing | Missing:
     )
     caption = f"Spearman's rho with 95 % intervals; hatched: p after Holm's correction not below {SIGNIFICANT}."
     return Drawing("measures", title, caption, reading, "Spearman's rho with RLoss", "", (Rule("x", 0.0, ""), bars))
+
+
+def _interval(low: float, high: float) -> str:
+    return "without an interval" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from robustflat.reporting.drawing import Drawing, Item, Line, Missing, Points, S
 from robustflat.reporting.quantities import all_rows
 from robustflat.reporting.records import RunRecord, Study
 
+_HINT = " Measure them with: python evaluate.py run=<folder> evaluation=epochs."
 _PREFIXES = ("evaluation/", "")
 _CURVES = {
     "test_robust_loss": ("RLoss over epochs, test", "RLoss (nats)", 1.0),
@@ -34,18 +36,18 @@ def _curve(study: Study, column: str, title: str, label: str, scale: float) -> D
     if not series:
         return Missing(key, title, f"No run has a learning curve of {label.split(' (')[0]} ({column} in its history).")
     items: list[Item] = []
-    lows = []
+    lows, early = [], 0
     for index, (name, values) in enumerate(series.items()):
         style = style_of(index)
         epochs, heights = tuple(map(float, values.index)), tuple(float(v) * scale for v in values)
         items.append(Line(name, epochs, heights, Style(style.colour, index // 6)))
         if column.startswith("test") and len(values) > 1:
             best = int(np.argmin(heights))
+            early += epochs[best] < epochs[-1]
             lows.append((epochs[best], heights[best], f"{name}\nlowest at epoch {epochs[best]:g}: {heights[best]:.3g}"))
     if lows:
         x, y, texts = zip(*lows, strict=True)
         items.append(Points("lowest: where early stopping would stop", x, y, Style(None, 7), labels=texts))
-    early = sum(x < max(line.x) for (x, _, _), line in zip(lows, items, strict=False) if isinstance(line, Line))
     reading = f"Lines of {len(series)} models."
     if lows:
         reading += f" {early} of {len(lows)} are lowest before the last epoch: they overfit robustly from there on."
@@ -54,10 +56,11 @@ def _curve(study: Study, column: str, title: str, label: str, scale: float) -> D
 
 
 def _by_label(study: Study) -> dict[str, list[RunRecord]]:
+    """Label -> its runs; failed ones, which may have ended early, only where there are no others."""
     made: dict[str, list[RunRecord]] = {}
     for run in study.runs:
         made.setdefault(run.label, []).append(run)
-    return made
+    return {label: [run for run in runs if run.status != "failed"] or runs for label, runs in made.items()}
 
 
 def _mean_history(runs: list[RunRecord], column: str) -> pd.Series[float] | None:
@@ -86,7 +89,7 @@ def flatness_over_epochs(study: Study) -> list[Drawing | Missing]:
 
 def _snapshots(study: Study, kind: str, metric: str, word: str = "") -> pd.DataFrame:
     """Columns label, epoch, value: mean over seeds of numbers of snapshots on test examples."""
-    rows = all_rows(study)
+    rows = all_rows(replace(study, runs=[run for run in study.runs if run.status != "failed"]))
     empty = pd.DataFrame(columns=["label", "epoch", "value"])
     if rows.empty:
         return empty
@@ -106,7 +109,8 @@ def _measure_over_epochs(study: Study, word: str) -> Drawing | Missing:
     key, title = f"epochs_{word}", f"{word.capitalize()}-case flatness over epochs"
     table = _snapshots(study, "flatness", "flatness", word)
     if table.empty:
-        return Missing(key, title, f"No run has {word}-case flatness of its snapshots (evaluation=snapshots).")
+        hint = _HINT if word == "average" else ""  # the evaluation has no worst case
+        return Missing(key, title, f"No run has {word}-case flatness of its snapshots.{hint}")
     items = []
     for index, (name, part) in enumerate(table.groupby("label", sort=False)):
         style = style_of(index)
@@ -124,7 +128,7 @@ def _path(study: Study) -> Drawing | Missing:
     loss = _snapshots(study, "attack", "robust_loss")
     both = flat.merge(loss, on=["label", "epoch"], suffixes=("_flat", "_loss")) if len(flat) and len(loss) else flat[:0]
     if both.empty:
-        return Missing(key, title, "No snapshot has both RLoss and average-case flatness (evaluation=snapshots).")
+        return Missing(key, title, f"No snapshot has both RLoss and average-case flatness.{_HINT}")
     items = []
     for index, (name, part) in enumerate(both.groupby("label", sort=False)):
         x, y = tuple(part["value_flat"].astype(float)), tuple(part["value_loss"].astype(float))

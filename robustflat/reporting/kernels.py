@@ -78,14 +78,18 @@ def partial(controls: Array, *, ranks: bool, ranked: int = 0) -> Kernel:
             columns = [midranks(c, W) if i < 2 + ranked else c for i, c in enumerate(columns)]
         centred = np.stack([_centred(column, W) for column in columns], axis=1)
         moments = (centred * W[:, None, :]) @ centred.transpose(0, 2, 1)
-        across, among = moments[:, :2, 2:], moments[:, 2:, 2:]
-        left = moments[:, :2, :2] - across @ np.linalg.pinv(among, rcond=1e-10, hermitian=True) @ (
-            across.transpose(0, 2, 1)
-        )
+        squares, floors = np.diagonal(moments, axis1=1, axis2=2), np.stack([_floor(c, W) for c in columns], axis=1)
+        # Controls on one scale, or the inverse would take one of small numbers beside one of large ones for redundant;
+        # those that do not vary in a sample drop out.
+        size = np.where(squares > floors, np.sqrt(squares), np.inf)[:, 2:]
+        across = moments[:, :2, 2:] / size[:, None, :]
+        among = moments[:, 2:, 2:] / (size[:, :, None] * size[:, None, :])
+        explained = across @ np.linalg.pinv(among, rcond=1e-10, hermitian=True) @ across.transpose(0, 2, 1)
+        left = moments[:, :2, :2] - explained
         xx, yy, xy = left[:, 0, 0], left[:, 1, 1], left[:, 0, 1]
         # Controls that explain one side to within rounding leave nothing to correlate.
-        floor_x, floor_y = 1e-9 * moments[:, 0, 0], 1e-9 * moments[:, 1, 1]
-        varies = (xx > floor_x) & (yy > floor_y) & (xx > _floor(columns[0], W)) & (yy > _floor(columns[1], W))
+        least = np.maximum(1e-9 * squares, floors)
+        varies = (xx > least[:, 0]) & (yy > least[:, 1])
         return _ratio(xy, xx * yy, varies)
 
     return kernel

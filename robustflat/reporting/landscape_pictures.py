@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from robustflat.errors import UserError
+from robustflat.reporting.figures import replacing, with_ending
 from robustflat.reporting.landscape_html import lines_page, planes_page
 from robustflat.reporting.landscape_plots import landscape_lines, landscape_planes
 from robustflat.reporting.records import Lines
@@ -54,7 +55,7 @@ def draw(landscapes: Mapping[str, Measured], path: Path | str, *, title: str = "
         The files written.
 
     Raises:
-        UserError: if there is none, there are too many, or they do not belong on one scale.
+        UserError: if there is none, there are too many, they do not belong on one scale, or a file cannot be written.
     """
     if not landscapes:
         raise UserError("There is no landscape to draw.")
@@ -76,8 +77,7 @@ def draw(landscapes: Mapping[str, Measured], path: Path | str, *, title: str = "
     else:
         files = landscape_lines(landscapes, path, title=title, caption=caption, labels=labels, emphasis=emphasis)
         page = lines_page(landscapes, title=heading, caption=caption, labels=labels, emphasis=emphasis, facts=facts)
-    target = Path(path).with_suffix(".html")
-    unfinished = target.with_name(f".{target.stem}.unfinished.html")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)
+    target = with_ending(path, ".html")
+    with replacing(target) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return [*files, target]

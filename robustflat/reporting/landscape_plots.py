@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustflat.errors import UserError
+from robustflat.reporting.figures import legend_label, plain_text, with_ending, write
 from robustflat.reporting.records import Lines
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,7 +50,8 @@ def summary(values: Values) -> Summary:
     mean, highest = values.mean(axis=0), values.max(axis=0)
     if len(values) < 2:
         return Summary(mean, highest, mean, mean)
-    spread = values.std(axis=0, ddof=1)
+    with np.errstate(invalid="ignore"):  # infinite losses have no spread
+        spread = values.std(axis=0, ddof=1)
     return Summary(
         mean, highest, np.maximum(mean - spread, values.min(axis=0)), np.minimum(mean + spread, values.max(axis=0))
     )
@@ -192,7 +194,7 @@ def landscape_planes(
         bar.ax.minorticks_off()
         bar.ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     for axes, name in zip(rows[0], landscapes, strict=True):
-        axes.set_title(name, fontsize=10)
+        axes.set_title(plain_text(name), fontsize=10)
     figure.supxlabel(f"{labels[0]}, direction 1", fontsize=10)
     figure.supylabel(f"{labels[0]}, direction 2", fontsize=10)
     return _saved(figure, path, title, caption)
@@ -204,7 +206,7 @@ def _curves(axes: Axes, steps: Values, values: Values, index: int, name: str, em
     thick, dashed = (over.highest, over.mean) if emphasis == "max" else (over.mean, over.highest)
     every = max(1, len(steps) // 10)
     axes.plot(
-        steps, thick, color=colour, label=name, linewidth=1.8, marker=MARKERS[index], markersize=4,
+        steps, thick, color=colour, label=legend_label(name), linewidth=1.8, marker=MARKERS[index], markersize=4,
         markevery=(index * every // 3, every),
     )  # fmt: skip
     if len(values) > 1:
@@ -213,23 +215,14 @@ def _curves(axes: Axes, steps: Values, values: Values, index: int, name: str, em
 
 
 def _saved(figure: Figure, path: Path | str, title: str, caption: str) -> list[Path]:
-    """Write PNG and SVG beside each other, each replaced only when complete."""
+    """Write PNG and SVG beside each other."""
     if title:
         figure.suptitle(title, fontsize=11)
     if caption:
         # Below the axes: the bounding box grows with it, the axes keep their size.
-        text = textwrap.fill(caption, width=int(16.5 * figure.get_figwidth()))
+        text = textwrap.fill(plain_text(caption), width=int(16.5 * figure.get_figwidth()))
         figure.text(0.01, -0.01, text, fontsize=8, color="0.3", va="top", ha="left")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix in _FORMATS:
-        final = target.with_suffix(suffix)
-        unfinished = final.with_name(f".{final.stem}.unfinished{suffix}")
-        # Without a date and with fixed names inside, equal landscapes give equal files.
-        metadata = {"Date": None} if suffix == ".svg" else None
-        with matplotlib.rc_context({"svg.hashsalt": "robustflat"}):
-            figure.savefig(unfinished, dpi=150, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
-        unfinished.replace(final)
-        written.append(final)
+    written = [with_ending(path, suffix) for suffix in _FORMATS]
+    for file in written:
+        write(figure, file, tight=True)
     return written

@@ -75,10 +75,8 @@ def why_not_comparable(record: RunRecord) -> str:
     ("iccv21-..."), the radius of the threat model and the number of examples (the paper: CIFAR-10, 8/255, 1000). What
     the record does not say, such as another width of the network, is not seen.
     """
-    described = str(record.provenance.get("data", "")).strip().split("\n")[0].removeprefix("data").strip()
-    name = described.partition(":")[0]
-    if name and name != DATASET:
-        return f"trained on {name}"
+    if record.dataset and record.dataset != DATASET:
+        return f"trained on {record.dataset}"
     if not record.experiment.startswith("iccv21-"):
         return f"experiment {record.experiment}"
     attacked = record.table[record.table["kind"] == "attack"] if len(record.table) else record.table

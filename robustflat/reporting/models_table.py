@@ -31,11 +31,9 @@ def models_table(study: Study) -> pd.DataFrame:
         study: question and runs.
     """
     pool = Pool(study)
-    runs = run_frame(pool, list(quantities(pool).values()))
-    frame = model_frame(study, runs)
+    frame = model_frame(study, run_frame(pool, list(quantities(pool).values())))
     for key in [key for key in _COLUMNS if key in frame]:
-        known = frame["label"].map(runs.groupby("label")[key].count())
-        frame.loc[known < frame["seeds"], key] = math.nan
+        frame.loc[frame[f"{key}_seeds"] < frame["seeds"], key] = math.nan
     if "robust_error" in frame:
         frame = frame.sort_values("robust_error", kind="stable", ignore_index=True)
     made: dict[str, list[object]] = {"model": list(frame["label"]), "seeds": list(frame["seeds"])}

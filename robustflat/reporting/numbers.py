@@ -13,7 +13,7 @@ def number(value: float, digits: int = 4) -> str:
     if math.isnan(value):
         return DASH
     if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+        return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
     return f"{value:.{digits - 1}e}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -17,7 +16,6 @@ import plotly.offline  # type: ignore[import-untyped,unused-ignore]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustflat.errors import UserError
 from robustflat.reporting import figures
 from robustflat.reporting.answer import answer_of
 from robustflat.reporting.charts import chart
@@ -31,6 +29,9 @@ from robustflat.store.tables import as_text, write_table
 
 EMBED_LIMIT = 100_000
 """Characters up to which a table's download is part of the page; a longer one is only a file beside it."""
+
+SENTENCES = ("note", "reason", "verdict", "interval")
+"""Columns that hold sentences and need room for them."""
 
 DOWNLOADS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 
@@ -88,11 +89,11 @@ def write_report(study: Study, output: Path | str) -> Path:
         The page.
 
     Raises:
-        UserError: if a file cannot be written, or `study.measures` names what no run has.
+        UserError: if a file cannot be written, or the study names a measure or a checkpoint that no run has.
     """
     output = Path(output)
     place = _Place(output if output.suffix.lower() in (".html", ".htm") else output / "index.html")
-    figures.make_folder(place.page.parent)
+    figures.make_folder(place.page.parent)  # before the work
     material = Material(study)
     found = findings(material)
     parts = sections_of(material, found)
@@ -107,7 +108,8 @@ def write_report(study: Study, output: Path | str) -> Path:
         "made": _made(study),
         **_assets(),
     }
-    _write(place.page, _environment().get_template("report.html.j2").render(context))
+    with figures.replacing(place.page) as unfinished:
+        unfinished.write_text(_environment().get_template("report.html.j2").render(context), encoding="utf-8")
     return place.page
 
 
@@ -142,7 +144,10 @@ def _table(table: ReportTable | Missing, place: _Place) -> dict[str, Any]:
         if len(text) <= EMBED_LIMIT:
             href = f"data:{_TYPES[ending]};base64,{base64.b64encode(text.encode()).decode()}"
         files.append({"name": path.name, "label": label, "href": href})
-    columns = [{"name": n, "numeric": is_number} for n, is_number in zip(table.columns, table.numeric, strict=True)]
+    columns = [
+        {"name": name, "style": "number" if is_number else "sentence" if name in SENTENCES else ""}
+        for name, is_number in zip(table.columns, table.numeric, strict=True)
+    ]
     texts = {name: getattr(table, name) for name in ("key", "title", "caption", "filters", "deferred")}
     return {**texts, "missing": "", "columns": columns, "rows": () if table.deferred else table.rows, "files": files}
 
@@ -211,14 +216,3 @@ def _version() -> str:
         return metadata.version("robustflat")
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -64,8 +64,7 @@ def paired(
     kept = np.isfinite(first) & np.isfinite(second)
     for other in others:
         kept &= np.isfinite(other)
-    lost = int((~kept).sum())
-    cautions = [f"{lost} of {plural(len(kept), 'model')} left out: a value is missing or not finite."] if lost else []
+    cautions = left_out(kept)
     first, second = first[kept], second[kept]
     present, member = np.unique(labels[kept], return_inverse=True)
     units = Units(member.astype(np.intp), len(present))
@@ -73,6 +72,12 @@ def paired(
     if not why and units.count < FEW:
         cautions.append(f"Fewer than {FEW} {plural(2, unit)[2:]}: the interval is rough, one can change it.")
     return Paired(first, second, kept, units, why, tuple(cautions))
+
+
+def left_out(kept: NDArray[np.bool_]) -> list[str]:
+    """The caution about models (n,) that are not kept, if there are any."""
+    lost = int((~kept).sum())
+    return [f"{lost} of {plural(len(kept), 'model')} left out: a value is missing or not finite."] if lost else []
 
 
 def _why_not(x: Array, y: Array, names: tuple[str, str], units: int, unit: str) -> str:

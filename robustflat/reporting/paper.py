@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from importlib import resources
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,6 @@ from robustflat.reporting.records import RunRecord
 TABLES = ("models", "table1", "groups", "figure", "scale", "hessian", "robustbench")
 """The printed tables: all 74 models; Table 1 and its group means; RErr of the figure of landscapes; scaled networks;
 eigenvalues of the Hessian of the clean loss; networks of RobustBench."""
-
-GROUPS = MappingProxyType({"good": "#0072B2", "average": "#E69F00", "poor": "#D55E00"})
-"""Robustness groups of the paper and colours that the colour-blind tell apart (Okabe and Ito)."""
 
 GOOD, POOR = 0.57, 0.60
 """Robust error under AutoAttack below which a network is "good", and from which on it is "poor"."""
@@ -52,13 +48,6 @@ _FLATNESS = {
 }
 _FLOATS = ("radius", "value", "stderr", "low", "high", "epsilon")
 _INTEGERS = ("seed", "epoch", "count")
-
-
-def group_of(robust_error: float) -> str:
-    """Robustness group of a network, "" if its robust error (fraction, AutoAttack) is not known."""
-    if math.isnan(robust_error):
-        return ""
-    return "good" if robust_error < GOOD else "average" if robust_error < POOR else "poor"
 
 
 def printed(table: str = "models") -> pd.DataFrame:

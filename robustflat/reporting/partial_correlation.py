@@ -14,7 +14,7 @@ from robustflat.reporting.bootstrap import Resampling
 from robustflat.reporting.correlation_result import Correlation
 from robustflat.reporting.estimate import METHODS, TITLES, Asked, estimated
 from robustflat.reporting.kernels import Array, granulated, partial
-from robustflat.reporting.paired import Labels, Paired, Values, codes, column, paired
+from robustflat.reporting.paired import Labels, Paired, Values, codes, column, left_out, paired
 from robustflat.reporting.significance import p_by_permutation
 
 PARTIAL = ("pearson", "spearman")
@@ -89,7 +89,7 @@ def within_family(
     Raises:
         UserError: as there.
     """
-    data = paired(x, y, names)
+    data = paired(x, y, names, clusters=clusters)
     member = _same_length(codes(family), data)
     sizes = np.bincount(member, minlength=1)[member] if len(member) else member
     kept = np.flatnonzero(data.kept)[sizes > 1]
@@ -97,7 +97,7 @@ def within_family(
     first, second = column(x, names[0])[kept], column(y, names[1])[kept]
     found = partial_correlation(first, second, group=chosen[0], method=method, names=names, clusters=chosen[1],
                                 settings=settings)  # fmt: skip
-    alone, cautions = len(data.x) - len(kept), list(found.cautions)
+    alone, cautions = len(data.x) - len(kept), [*left_out(data.kept), *found.cautions]
     if alone:
         cautions.append(f"{alone} of {len(data.x)} models are the only ones of their family and are left out.")
     why = "No family has two models or more." if len(data.x) and not len(kept) else found.why
@@ -129,7 +129,8 @@ def across_families(
     means = [np.bincount(index, weights=values) / sizes for values in (data.x, data.y)]
     asked = Asked(METHODS[method], method, f"{TITLES[method]} across families", names, settings or Resampling(),
                   unit="family")  # fmt: skip
-    return replace(estimated(paired(means[0], means[1], names, unit="family"), asked), n=len(data.x))
+    found = estimated(paired(means[0], means[1], names, unit="family"), asked)
+    return replace(found, n=len(data.x), cautions=(*left_out(data.kept), *found.cautions))
 
 
 def granulated_kendall(

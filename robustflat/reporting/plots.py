@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from robustflat.reporting.figures import plain_text, write
+
 TRAIN, TEST = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion: told apart by the colour-blind
 
 
@@ -29,6 +31,9 @@ def training_curves(
         path: PNG file to write.
         title: above the picture.
         drops: epochs at which the learning rate drops, marked by dotted lines.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -47,8 +52,8 @@ def training_curves(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+        figure.suptitle(plain_text(title), fontsize=10)
+    write(figure, path)
 
 
 def _curve(

@@ -125,11 +125,13 @@ def _answering(record: RunRecord, wanted: named_columns.Quantity) -> pd.DataFram
 def quantities(pool: Pool) -> dict[str, Quantity]:
     """Key -> quantity, for all that some run has.
 
-    Attacks and measures are those that `study.measures` names, or else: the attack of RErr is AutoAttack where it
-    was run; flatness measures are told by their name and loss; of several, the one that most runs have.
+    Attacks and measures are those that `study.measures` names, or else those that most runs have on test examples at
+    the study's checkpoint, of equals the first in the tables. The attack of RErr is AutoAttack if some run has it
+    there; flatness measures are told by their name and loss.
 
     Raises:
-        UserError: if `study.measures` names a part that there is none of, or a measure that no run has.
+        UserError: if `study.measures` names a part that there is none of, or a measure that no run has, or no run has
+            the study's checkpoint.
     """
     study = pool.study
     if pool.rows.empty:
@@ -138,41 +140,47 @@ def quantities(pool: Pool) -> dict[str, Quantity]:
     if unknown:
         allowed = ", ".join(sorted({part.role for part in _PARTS.values() if part.role}))
         raise UserError(f"Study.measures has no part {', '.join(sorted(unknown))}. Allowed: {allowed}.")
+    checkpoints = sorted(set(pool.rows["checkpoint"].dropna()))
+    if study.checkpoint not in ("last", "early_stopped", *checkpoints):
+        raise UserError(f"Study.checkpoint: no run has '{study.checkpoint}'. There are: {', '.join(checkpoints)}.")
     found = {key: _found(pool, key, part) for key, part in _PARTS.items()}
     return {key: quantity for key, quantity in found.items() if quantity is not None}
 
 
 def _found(pool: Pool, key: str, part: _Part) -> Quantity | None:
-    study, rows = pool.study, pool.rows
-    kept = rows[(rows["kind"] == part.kind) & (rows["metric"] == part.metric)]
-    measure = _measure(study, kept, part.role) if part.role else "clean"
-    checkpoint = "early_stopped" if part.stopped else study.checkpoint
+    measure = _measure(pool, part) if part.role else "clean"
+    if not measure:
+        return None
+    checkpoint = "early_stopped" if part.stopped else pool.study.checkpoint
     name = f"{measure} {part.metric} ({part.split}) @{checkpoint}"
     quantity = Quantity(key, part.title, name, 100.0 if part.metric.endswith("error") else 1.0)
-    return quantity if measure and len(pool.find(quantity)) else None
+    return quantity if len(pool.find(quantity)) else None
 
 
-def _measure(study: Study, rows: pd.DataFrame, role: str) -> str:
+def _measure(pool: Pool, part: _Part) -> str:
+    """Name of the attack or measure of a part, "" if there is none."""
+    rows, role, study = pool.rows, part.role, pool.study
+    rows = rows[(rows["kind"] == part.kind) & (rows["metric"] == part.metric)]
     named = study.measures.get(role)
     if named is not None:
         if not (rows["measure"] == named).any():
             raise UserError(f"Study.measures: no run has '{named}' for {role}. There are: "
                             f"{', '.join(sorted(set(rows['measure'].dropna()))) or 'none'}.")  # fmt: skip
         return named
-    if role in _FLATNESS_WORDS:
-        word, loss = _FLATNESS_WORDS[role]
+    word, loss = _FLATNESS_WORDS.get(role, ("", ""))
+    if word:
         rows = rows[(rows["loss"] == loss) & rows["measure"].str.contains(word)]
-        exact = rows[rows["measure"].isin([role, word])]
-        return _commonest((exact if len(exact) else rows)["measure"])
-    if role == "robust_error":
-        strongest = rows[rows["measure"].str.lower().str.contains("autoattack")]
-        rows = strongest if len(strongest) else rows
-    return _commonest(rows["measure"])
+    # Runs are counted, not rows: snapshots may have been measured in passing, each with rows of its own.
+    runs = {
+        str(name): len(pool.find(Quantity("", "", f"{name} {part.metric} ({TEST}) @{study.checkpoint}")))
+        for name in dict.fromkeys(rows["measure"].dropna())
+    }
+    first = [name for name in runs if runs[name] and (name in (role, word) or _is_strongest(name, role))]
+    return max(first or runs, key=runs.__getitem__, default="")
 
 
-def _commonest(names: pd.Series[str]) -> str:
-    counts = names.dropna().value_counts(sort=False)
-    return str(counts.idxmax()) if len(counts) else ""
+def _is_strongest(attack: str, role: str) -> bool:
+    return role == "robust_error" and "autoattack" in attack.lower()
 
 
 def measures_of(pool: Pool) -> list[Quantity]:
@@ -212,7 +220,7 @@ def run_frame(pool: Pool, wanted: Sequence[Quantity]) -> pd.DataFrame:
             made[f"gap_{metric}_stderr"] = squares**0.5
     frame = pd.DataFrame(made)
     errors = made.get("robust_error", pd.Series(math.nan, index=frame.index, dtype="float64"))
-    edges = group_edges(pool.study, errors)
+    edges = group_edges(pool.study, errors[frame["status"] != "failed"])
     return frame.assign(group=[group_of(float(error), edges) for error in errors])
 
 
@@ -224,11 +232,11 @@ def model_frame(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
         frame: from `run_frame`.
 
     Returns:
-        label, family, seeds (their number), group, and the numbers of `frame`.
+        label, family, seeds (their number), group, the numbers of `frame`, and <number>_seeds, how many seeds have it.
     """
     values = [str(name) for name in frame if f"{name}_stderr" in frame]
     lines = [_mean_of(part, values) for _, part in frame.groupby("label", sort=False)]
-    names = [name + ending for name in values for ending in ("", "_stderr")]
+    names = [name + ending for name in values for ending in ("", "_stderr", "_seeds")]
     made = pd.DataFrame(lines, columns=["label", "family", "seeds", *names])
     errors = made["robust_error"] if "robust_error" in made else pd.Series(math.nan, index=made.index)
     edges = group_edges(study, frame.get("robust_error", errors))
@@ -240,6 +248,7 @@ def _mean_of(part: pd.DataFrame, values: Sequence[str]) -> dict[str, object]:
     for name in values:
         known = part[name].dropna()
         line[name] = float(known.mean()) if len(known) else math.nan
+        line[f"{name}_seeds"] = len(known)
         if len(known) > 1:
             line[f"{name}_stderr"] = float(known.std(ddof=1)) / math.sqrt(len(known))
         else:

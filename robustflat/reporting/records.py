@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 from torch import Tensor
+
+from robustflat.errors import UserError
 
 LEDGER_COLUMNS = ("phase", "forwards", "backwards", "images", "seconds", "images_per_second", "peak_memory_mib")
 """Columns of a compute ledger: passes are counted in batches, memory is the peak of the process or the device."""
@@ -75,6 +78,12 @@ class RunRecord:
     curvature: Mapping[str, Any] = field(default_factory=dict)
     landscapes: Mapping[str, Lines] = field(default_factory=dict)
 
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that it was trained on, from the provenance; "" if that does not say."""
+        described = str(self.provenance.get("data", "")).strip().split("\n")[0].removeprefix("data").strip()
+        return described.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -94,6 +103,9 @@ class Study:
         group_edges: robust errors in [0, 1], ascending, that separate good, average, poor (and worse) networks; ():
             30th and 70th percentile.
         notes: sentences shown under the answer.
+
+    Raises:
+        UserError: if classes, group_edges or notes are not of this form.
     """
 
     title: str
@@ -107,3 +119,19 @@ class Study:
     checkpoint: str = "last"
     group_edges: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.classes, self.group_edges, self.notes)
+
+
+def _check(classes: object, edges: object, notes: object) -> None:
+    """Refuse what a file or a command line may hold in place of numbers and lists."""
+    if classes is not None and (not isinstance(classes, int) or classes < 2):
+        raise UserError(f"classes must be a whole number of at least 2, got {classes!r}.")
+    if isinstance(notes, str):
+        raise UserError(f"notes must be a list of sentences, got one text: write notes=['{notes}'].")
+    listed: list[Any] = list(edges) if isinstance(edges, Sequence) else [None]
+    if len(listed) > 3 or not all(isinstance(edge, int | float) for edge in listed):
+        raise UserError(f"group_edges must be a list of up to 3 numbers, got {edges!r}.")
+    if not all(0 <= edge <= 1 for edge in listed) or any(a >= b for a, b in pairwise(listed)):
+        raise UserError(f"group_edges must be rising robust errors between 0 and 1, such as [0.57, 0.6], got {listed}.")

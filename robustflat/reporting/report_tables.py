@@ -71,7 +71,8 @@ def table_of(
     deferred: bool = False,
 ) -> ReportTable:
     """A table that shows a frame as it is: floats with some significant digits, missing values as a dash."""
-    numeric = tuple(pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes)
+    kinds = pd.api.types
+    numeric = tuple(kinds.is_numeric_dtype(kind) and not kinds.is_bool_dtype(kind) for kind in frame.dtypes)
     columns = [[_cell(value, is_number, digits) for value in frame.iloc[:, i]] for i, is_number in enumerate(numeric)]
     rows = tuple(zip(*columns, strict=True)) if len(frame) else ()
     return ReportTable(key, title, caption, tuple(map(str, frame.columns)), numeric, rows, frame, filters, deferred)

@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 
 from robustflat.reporting.correlation import Correlation
 from robustflat.reporting.drawing import Drawing, Points
-from robustflat.reporting.figures import draw
+from robustflat.reporting.figures import draw, plain_text
 from robustflat.reporting.findings import findings
 from robustflat.reporting.records import Study
 from robustflat.reporting.study_plots import Material, main_drawings
@@ -43,9 +43,14 @@ def study_figure(study: Study) -> Figure:
         else:
             axes.set_axis_off()
             axes.text(0.5, 0.5, f"{drawing.title}:\n{drawing.reason}", ha="center", va="center", wrap=True)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }  # fmt: skip
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=len(handles), frameon=False,
+                      fontsize=8)  # fmt: skip
     return figure
 
 
@@ -77,5 +82,5 @@ def _name_marks(drawing: Drawing, axes: Axes) -> None:
             continue
         taken.append((float(place[0]), float(place[1])))
         right = marks[name][0] <= middle
-        axes.annotate(name.replace("$", r"\$"), marks[name], xytext=(5 if right else -5, 4), fontsize=6.5,
+        axes.annotate(plain_text(name), marks[name], xytext=(5 if right else -5, 4), fontsize=6.5,
                       textcoords="offset points", path_effects=[HALO], ha="left" if right else "right")  # fmt: skip

@@ -70,7 +70,9 @@ class Material:
 def _text(line: Mapping[Hashable, Any], keys: Sequence[tuple[str, str]]) -> str:
     about = [str(line["family"])]
     if "seeds" in line:
-        about.append(f"mean of {line['seeds']} seeds" if line["seeds"] > 1 else "1 seed")
+        counts = sorted({line[f"{key}_seeds"] for key, _ in keys})
+        told = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        about.append("1 seed" if counts == [1] else f"mean of {told} seeds")
     elif line["seed"] is not pd.NA:
         about.append(f"seed {line['seed']}")
     about += [str(line["group"])] if line["group"] else []
@@ -203,7 +205,9 @@ def early_stopping(material: Material) -> Drawing | Missing:
     needed = ("average", "robust_loss", "stopped_robust_loss")
     part = material.have(*needed, "stopped_average", models=True)
     moved = len(part) > 0
-    part = part if moved else material.have(*needed, models=True)
+    known = material.have(*needed, models=True)
+    lost = len(known) - len(part) if moved else 0
+    part = part if moved else known
     if part.empty:
         return Missing(key, title, "No run has an early-stopped snapshot with RLoss beside its last one.")
     to_x = part["stopped_average"] if moved else part["average"]
@@ -221,6 +225,8 @@ def early_stopping(material: Material) -> Drawing | Missing:
     if moved:
         flatter = int((part["stopped_average"] < part["average"]).sum())
         reading += f" Average-case flatness is lower, that is, the minimum flatter, for {flatter}."
+    if lost:
+        reading += f" {plural(lost, 'model')} whose early-stopped flatness is not known left out."
     caption = "Arrows point from the last network to the early-stopped one."
     caption += "" if moved else " Flatness of early-stopped networks is not known, so arrows are vertical."
     return Drawing(key, title, caption, reading, material.title("average"), material.title("robust_loss"), tuple(items))

@@ -104,7 +104,7 @@
       deferRender: true,
       columns: [...table.tHead.rows[0].cells].map((head, index) => ({
         data: index,
-        className: head.classList.contains("number") ? "number" : "",
+        className: ["number", "sentence"].find((style) => head.classList.contains(style)) || "",
         render: (cell, type) => (type === "display" ? escape(cell[0]) : cell[1]),
       })),
     };

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from robustflat.errors import UserError
-from robustflat.reporting.bootstrap import Units, counts
+from robustflat.reporting.bootstrap import Units, bias_corrected_normal, bootstrap_interval, counts
 from robustflat.reporting.correlation import (
     Correlation,
     Resampling,
@@ -23,6 +23,7 @@ from robustflat.reporting.correlation import (
     regression_line,
 )
 from robustflat.reporting.kernels import Array, granulated, kendall, midranks, partial, pearson, spearman
+from robustflat.reporting.significance import p_of_clusters
 
 ORACLES = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}
 KERNELS = {"pearson": pearson, "spearman": spearman, "kendall": kendall}
@@ -91,6 +92,29 @@ def test_bca_is_that_of_scipy() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(oracle.confidence_interval), abs=0.05)
 
 
+def test_bca_from_the_same_samples_is_that_of_scipy() -> None:
+    data = np.exp(np.random.default_rng(5).normal(size=15))  # skewed: bias and acceleration both count
+    oracle = stats.bootstrap((data,), np.mean, method="BCa", n_resamples=2000, rng=np.random.default_rng(0))
+    jackknife = np.array([np.delete(data, i).mean() for i in range(15)])
+    settings = Resampling()
+    found = bootstrap_interval(oracle.bootstrap_distribution, data.mean(), units=15, settings=settings,
+                               jackknife=jackknife, stretched=False)  # fmt: skip
+    assert tuple(found) == pytest.approx(tuple(oracle.confidence_interval), rel=1e-9)
+    plain = bootstrap_interval(oracle.bootstrap_distribution, data.mean(), units=15, settings=settings, stretched=False)
+    assert tuple(plain) == pytest.approx(tuple(np.quantile(oracle.bootstrap_distribution, [0.025, 0.975])))
+
+
+def test_normal_interval_and_p_from_a_spread_by_hand() -> None:
+    z = np.random.default_rng(0).normal(size=4001)
+    scaled = 0.8 + 0.3 * (z - z.mean()) / z.std(ddof=1)
+    samples = np.append(np.tanh(scaled), np.nan)
+    # The bootstrap lies 0.1 below arctanh of the estimate, so the truth is taken to lie 0.1 above it.
+    found = bias_corrected_normal(samples, math.tanh(0.9), 0.9)
+    reach = float(stats.norm.ppf(0.95)) * 0.3
+    assert tuple(np.arctanh(found)) == pytest.approx((1.0 - reach, 1.0 + reach))
+    assert p_of_clusters(math.tanh(0.9), samples, 7) == pytest.approx(2 * stats.t.sf(0.9 / 0.3, 5))
+
+
 def test_analytic_interval_is_that_of_scipy() -> None:
     x, y = sample(20)
     found = correlation(x, y, settings=Resampling(interval="analytic", confidence=0.9))
@@ -140,6 +164,18 @@ def test_perfect_relations_have_no_interval() -> None:
     assert found.value == 1 and math.isnan(found.low) and "tends to rise" in str(found)
     tiny = correlation([1, 2, 3], [1, 2, 4])
     assert tiny.defined and "interval" in str(tiny)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_p_of_wholly_agreeing_ranks_is_that_of_all_orders(n: int, sign: int) -> None:
+    x = np.arange(n)
+    found = correlation(x, sign * x**3, method="spearman")
+    orders = list(itertools.permutations(range(n))) if n <= 5 else []
+    extreme = sum(list(order) in (list(range(n)), list(range(n))[::-1]) for order in orders)
+    assert found.p == pytest.approx(extreme / len(orders) if orders else 2 / math.factorial(n))
+    tied = correlation([1, 1, 2, 3, 4], [5, 5, 6, 7, 8], method="spearman")
+    assert tied.value == 1 and 0.001 < tied.p < 0.1
 
 
 def test_clusters_are_what_counts() -> None:
@@ -233,7 +269,8 @@ def test_examples_are_drawn_jointly() -> None:
     assert found.high - found.low < 1e-9
     noisy = x[:, None] + draws.normal(size=(20, 300)) * 3, y[:, None] + draws.normal(size=(20, 300)) * 3
     widths = {over: correlation_over_examples(*noisy, over=over) for over in ("examples", "models", "both")}
-    assert widths["examples"].high - widths["examples"].low < widths["models"].high - widths["models"].low
+    examples, models, both = (found.high - found.low for found in widths.values())
+    assert examples < models < 1.3 * both and both > 1.5 * examples
     assert "models and evaluation examples" in str(widths["both"])
     with pytest.raises(UserError, match="models, examples"):
         correlation_over_examples(x, y)

@@ -27,9 +27,12 @@ def curve(values: list[float] | np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"epoch": np.arange(1, len(values) + 1), "test/robust_loss": values})
 
 
-def run(label: str, value: float, cost: int, history: pd.DataFrame | None = None) -> RunRecord:
-    row = {"run_id": label, "checkpoint": "last", "split": "test", "kind": "attack", "measure": "pgd20"}
-    table = tidy([{**row, "metric": "robust_loss", "value": value, "stderr": 0.1}])
+def run(
+    label: str, value: float, cost: int, history: pd.DataFrame | None = None, *, train: float | None = None
+) -> RunRecord:
+    row = {"run_id": label, "checkpoint": "last", "kind": "attack", "measure": "pgd20"}
+    values = {"test": value} | ({} if train is None else {"train": train})
+    table = tidy([{**row, "split": s, "metric": "robust_loss", "value": v, "stderr": 0.1} for s, v in values.items()])
     ledger = pd.DataFrame(
         [("train", cost, cost, 10, 1.0, 10.0, 5.0), ("evaluate", 999, 999, 1, 1.0, 1.0, 1.0)],
         columns=["phase", "forwards", "backwards", "images", "seconds", "images_per_second", "peak_memory_mib"],
@@ -51,6 +54,8 @@ def test_parts_add_up() -> None:
     frame = decomposed(from_paper()).set_index("label")
     assert frame.loc["AT (baseline)", ["gap", "after_best"]].tolist() == pytest.approx([3.91 - 0.19, 3.91 - 1.53])
     assert (frame["note"] == "").all()
+    both = decomposed([run("b", 2.0, 1, train=1.5)])
+    assert both["gap"].item() == 0.5 and both["gap_stderr"].item() == pytest.approx(0.1 * 2**0.5)
     alone = decomposed([run("a", 2.0, 1)])
     assert alone["note"].item() == "not evaluated on train; no early-stopped network" and math.isnan(
         alone["gap"].item()
@@ -110,6 +115,8 @@ def test_equal_cost() -> None:
     assert frame.loc["same", "difference"] == pytest.approx(-0.5) and math.isnan(frame.loc["dear", "difference"])
     assert frame["efficient"].tolist() == [True, True, True, False, False]
     assert frame.loc["unknown", "note"] == "no compute ledger"
+    equal = compared_at_cost([run("a", 2.0, 100), run("dearer", 2.0, 101), run("twin", 2.0, 100)]).set_index("label")
+    assert equal["efficient"].to_dict() == {"a": True, "twin": True, "dearer": False}
     assert compared_at_cost([]).empty
     assert training_cost(runs[0], "seconds") == 1.0 and math.isnan(training_cost(runs[0], phases=["attack"]))
     with pytest.raises(UserError, match="cheap"):
@@ -122,6 +129,8 @@ def test_curves_stopped_at_the_same_cost() -> None:
     assert frame["epoch"].tolist()[:2] == [10, 5] and pd.isna(frame["epoch"].iloc[2])
     assert frame["value"].iloc[1] == pytest.approx(long["test/robust_loss"].iloc[4])
     assert "no history" in frame["note"].iloc[2]
+    unplaced = history_at_cost([run("d", 1.0, 100, short.drop(columns="epoch"))])
+    assert "no history" in unplaced["note"].item()
 
 
 def test_names_of_quantities() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from robustflat.errors import UserError
-from robustflat.reporting.landscape_plots import landscape_lines, landscape_planes
+from robustflat.reporting.landscape_plots import landscape_lines, landscape_planes, summary
 
 
 @dataclass
@@ -76,9 +78,21 @@ def test_planes_share_levels_and_show_the_first_direction_to_the_right(drawn, tm
     assert [axes.get_title() for axes in drawn[0].axes[:2]] == ["one", "two"]
     levels = [axes.collections[0].levels for axes in drawn[0].axes[:2]]
     assert list(levels[0]) == list(levels[1]) and levels[0][0] == pytest.approx(0.1)
-    heights = first.collections[0]
-    assert heights.get_array() is not None
     assert (tmp_path / "b.svg").exists()
+    # Half a step to the right the loss is 0.35, upwards 0.85: contours are longest along the first direction.
+    ring = next(path for path in first.collections[0].get_paths() if len(path.vertices))
+    width, height = np.ptp(ring.vertices, axis=0)
+    assert width > 1.5 * height
+
+
+def test_the_band_is_the_standard_deviation_of_a_sample() -> None:
+    values = np.array([[0.0, 1.0], [1.0, 1.0], [5.0, 1.0]])
+    found = summary(values)
+    assert found.mean.tolist() == [2.0, 1.0] and found.highest.tolist() == [5.0, 1.0]
+    spread = statistics.stdev([0.0, 1.0, 5.0])
+    assert found.low.tolist() == [0.0, 1.0]  # 2 - 2.6 would lie below the lowest
+    assert found.high.tolist() == pytest.approx([2.0 + spread, 1.0])
+    assert summary(values[:1]).low.tolist() == [0.0, 1.0]
 
 
 def test_pictures_that_cannot_be_drawn_are_refused(tmp_path) -> None:

@@ -45,6 +45,31 @@ def test_seeds_widen_the_verdict() -> None:
     assert cell([ours(shift=shift, run_id=str(shift)) for shift in (0.9, 1.0, 1.1)])["verdict"] == "differs by +1.00"
 
 
+def test_what_one_training_and_the_last_digit_allow_is_no_difference() -> None:
+    # 1.96 x 0.05 = 0.098 by the examples and 0.005 by the printed digit.
+    assert cell([ours(shift=0.1025)])["verdict"] == "agrees" and cell([ours(shift=-0.1025)])["verdict"] == "agrees"
+    assert cell([ours(shift=0.1035)])["verdict"] == "differs by +0.10"
+    assert cell([ours(shift=-0.1035)])["verdict"] == "differs by -0.10"
+    # The mean is known to 0.27, but the paper's is one training, which falls within 0.51.
+    for shift, verdict in ((0.4, "agrees"), (0.6, "differs by +0.60")):
+        seeds = [ours(shift=shift + more, run_id=str(more)) for more in (-0.1, 0.0, 0.1)]
+        assert cell(seeds)["low"] > 3.91 and cell(seeds)["verdict"] == verdict
+
+
+def test_correlations_that_differ_say_on_which_side() -> None:
+    records, few = from_paper()[::2], Resampling(resamples=200)
+    turned = []
+    for record in records:
+        table = record.table.copy()
+        table.loc[table["metric"] == "flatness", "value"] *= -1
+        turned.append(replace(record, table=table))
+    found = correlation_ledger(turned, settings=few, methods=("pearson",)).iloc[0]
+    assert (
+        found["high"] < 0
+        and found["verdict"] == f"differs: the paper's {found['paper_same']:.2f} is above our interval"
+    )
+
+
 def test_what_is_missing_or_other_is_said() -> None:
     assert cell([])["verdict"] == "not run" and cell([ours(status="failed")])["verdict"] == "not run"
     assert cell([ours(table=pd.DataFrame())])["verdict"] == "not measured"

@@ -215,3 +215,6 @@ def test_measures_that_no_run_has(tmp_path: Path) -> None:
         write_report(replace(study(3, 1), measures={"average": "nothing"}), tmp_path)
     with pytest.raises(UserError, match="no part sharpest"):
         write_report(replace(study(3, 1), measures={"sharpest": "average"}), tmp_path)
+    with pytest.raises(UserError, match=r"no run has 'epoch_0001'\. There are: early_stopped, epoch_0005"):
+        write_report(replace(study(3, 1), checkpoint="epoch_0001"), tmp_path)
+    write_report(replace(study(3, 1, full=False), checkpoint="epoch_0005"), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from robustflat.errors import UserError
 from robustflat.reporting.columns import columns
 from robustflat.reporting.correlation import correlation, regression_line
 from robustflat.reporting.correlation_ledger import PAIRS, ledger_columns
-from robustflat.reporting.paper import TABLES, from_paper, group_of, printed
+from robustflat.reporting.paper import GOOD, POOR, TABLES, from_paper, printed
+from robustflat.reporting.quantities import group_of
 from robustflat.store.tables import COLUMNS, tidy
 
 CROSS_CHECKS = [
@@ -29,6 +31,8 @@ CROSS_CHECKS = [
     ("average-case flatness", "RLoss after best", 0.817, 0.848),
     ("RLoss", "RErr (AA)", 0.720, 0.776),
 ]
+
+EDGES = (100 * GOOD, 100 * POOR)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def test_table1_belongs_to_rows_and_its_groups_to_table1() -> None:
     assert len(table) == 19
     assert np.allclose(table["rerr_test_aa"], rows.loc[table["experiment"], "rerr_test_aa"])
     assert (table["rerr_train_aa"] - table["rerr_test_aa"] - table["rerr_train_minus_test"]).abs().max() < 0.051
-    assert [group_of(error / 100) for error in table["rerr_test_aa"]] == table["group"].tolist()
+    assert [group_of(error, EDGES) for error in table["rerr_test_aa"]] == table["group"].tolist()
     means = table.groupby("group")[["rerr_test_aa", "rerr_train_aa", "avg_rloss"]].mean()
     difference = (means - groups.loc[means.index, means.columns]).abs().max()
     assert (difference <= [0.1, 0.1, 0.01]).all()
@@ -156,7 +160,7 @@ def test_records_are_like_those_of_our_runs() -> None:
                     train="clean error (train)").iloc[0]  # fmt: skip
     assert first[["aa", "gap", "early", "train"]].tolist() == pytest.approx([0.489, 0.24, 1.18, 0.126])
     assert first["aa_stderr"] == pytest.approx((0.489 * 0.511 / 1000) ** 0.5)
-    assert (group_of(0.56), group_of(0.57), group_of(0.6), group_of(float("nan"))) == ("good", "average", "poor", "")
+    assert [group_of(error, EDGES) for error in (56, 57, 60, math.nan)] == ["good", "average", "poor", ""]
 
 
 def test_data_ships_with_the_package() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats
 
 from robustflat.errors import UserError
 from robustflat.reporting.correlation import (
+    Correlation,
     Resampling,
     across_families,
     corrected_for_noise,
@@ -43,6 +45,26 @@ def test_group_and_controls_are_what_regression_leaves() -> None:
     assert found.low < found.value < found.high and "given c, d and the group" in str(found)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_units_of_the_controls_do_not_matter(unit: float) -> None:
+    c, d, x, y = np.random.default_rng(2).normal(size=(4, 30))
+    x, y = x + 3 * c, y + 3 * c
+    found = partial_correlation(x, y, {"c": c, "d": unit * d})
+    expected = partial_correlation(x, y, {"c": c, "d": d})
+    assert found.value == pytest.approx(expected.value) and found.low == pytest.approx(expected.low)
+    design = np.column_stack([np.ones(30), c, d])
+    left = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
+    assert found.value == pytest.approx(stats.pearsonr(*left)[0])
+
+
+def test_a_control_that_does_not_vary_holds_nothing_fixed() -> None:
+    x, y, c = np.random.default_rng(3).normal(size=(3, 20))
+    assert partial_correlation(x, y, {"c": c, "constant": np.full(20, 0.1)}).value == pytest.approx(
+        partial_correlation(x, y, {"c": c}).value
+    )
+    assert within_family(x, y, ["one"] * 20).value == pytest.approx(correlation(x, y).value)
+
+
 def test_nothing_left_by_the_controls() -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 12))
     assert "does not vary once the controls are held fixed" in partial_correlation(x, y, {"c": 2 * x + 1}).why
@@ -65,6 +87,21 @@ def test_opposite_inside_and_across_families() -> None:
     assert "Over 48 models of 12 families" in str(across)
     alone = within_family([*x, 0.0], [*y, 1.0], [*family, 99])
     assert alone.value == pytest.approx(inside.value) and "1 of 49 models" in str(alone)
+
+
+@pytest.mark.parametrize("of", [within_family, across_families])
+def test_models_left_out_for_a_missing_value_are_told(of: Callable[..., Correlation]) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 24))
+    x[3] = math.nan
+    found = of(x, y, np.repeat(np.arange(8), 3))
+    assert found.n == 23 and str(found).count("1 of 24 models left out") == 1
+
+
+@pytest.mark.parametrize("count", [11, 13])
+def test_clusters_need_a_label_for_each_model(count: int) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 12))
+    with pytest.raises(UserError, match=f"12 values, clusters has {count}"):
+        within_family(x, y, np.repeat(np.arange(4), 3), clusters=np.arange(count))
 
 
 def test_families_that_say_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from robustflat.reporting.figures import save
@@ -39,3 +40,15 @@ def test_without_numbers_it_says_so() -> None:
     for runs in ([], [failed()]):
         figure = study_figure(Study("Nothing", "?", runs))
         assert all("RLoss against" in axes.texts[0].get_text() for axes in figure.axes)
+
+
+def test_the_legend_names_the_groups_of_either_panel() -> None:
+    made = study(9, 1, hostile=False, full=False)
+    # The right panel lacks the last models, the left one the first.
+    lacking = [
+        replace(run, table=run.table[run.table["measure"] != ("average" if index < 3 else "worst")])
+        if not 3 <= index < 6 else run
+        for index, run in enumerate(made.runs)
+    ]  # fmt: skip
+    (legend,) = study_figure(replace(made, runs=lacking)).legends
+    assert {"good", "average", "poor"} <= {text.get_text() for text in legend.get_texts()}
