@@ -75,6 +75,12 @@ def test_wrong_types_are_named(line, message):
         "pickle.loads",
         "numpy.load",
         "sys.exit",
+        "torch.load",
+        "torch.save",
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "torch.fx.graph_module._exec_with_source",
+        "torchvision.datasets.utils.download_url",
     ],
 )
 def test_a_class_outside_the_trusted_packages_is_refused(target):
@@ -84,7 +90,13 @@ def test_a_class_outside_the_trusted_packages_is_refused(target):
 
 @pytest.mark.parametrize(
     "target",
-    ["torch.load", "torch.hub.load", "torch.utils.cpp_extension.load", "robustflat.apps.run_folder.write_text"],
+    [
+        "robustflat.apps.run_folder.write_text",
+        "robustflat.training.checkpoint.save",
+        "robustflat.training.callbacks.save",  # the same function by another name
+        "robustflat.loggers.jsonl.JsonlLogger",
+        "robustflat.store.tables.write_table",
+    ],
 )
 def test_trusted_packages_have_rooms_that_stay_closed(target):
     with pytest.raises(UserError, match="may not be used"):
@@ -98,11 +110,18 @@ def test_trusted_packages_have_rooms_that_stay_closed(target):
         "torch.nn.functional.importlib.import_module",
         "torch.sys.exit",
         "robustflat.data.hdf5.os.remove",
+        "torch.nn.functional.has_torch_function",
+        "torchvision.models._api.load_state_dict_from_url",
     ],
 )
 def test_a_trusted_path_that_leads_outside_is_refused(target):
     with pytest.raises(UserError):
         resolve_target(target)
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "torch.optim.SGD", "torchvision.models.resnet18"])
+def test_layers_optimizers_and_models_of_torch_are_trusted(target):
+    assert callable(resolve_target(target))
 
 
 def test_nothing_is_imported_before_trust_is_checked(tmp_path, monkeypatch):
