@@ -172,14 +172,17 @@ def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
         name: of the experiment.
         command: the overrides that the user gave, for the record.
         console: where progress goes.
+
+    Raises:
+        UserError: if the run is done and its checkpoints are gone, among others.
     """
     try:
         session = prepare(config, folder, name=name, command=command, console=console)
     except BaseException:
         folder.abandon()
         raise
-    if not folder.done:
-        train(session)
+    if not folder.done or session.trainer.epoch < session.trainer.epochs:
+        train(session)  # a finished run too, if only an earlier checkpoint of it can be read
     return session
 
 
@@ -319,14 +322,24 @@ def _resume(session: Session) -> None:
     ranks = current()
     newest = ranks.agreed(load_newest(session.folder.checkpoints) if ranks.first else None)
     if newest is None:
+        _refuse_lost_weights(session.folder)
         session.logger.rewind(0)
         return
     if newest.message:
         session.console.print(newest.message, style="yellow", markup=False)
     session.trainer.load_state_dict(newest.parts)
     session.logger.rewind(session.trainer.step)
-    if not session.folder.done:
+    if session.trainer.epoch < session.trainer.epochs:
         session.console.print(f"going on after epoch {session.trainer.epoch} of {session.config.trainer.epochs}")
+
+
+def _refuse_lost_weights(folder: RunFolder) -> None:
+    """Measure no untrained network under the name of a run that is done, and keep its metrics."""
+    if folder.done:
+        raise UserError(
+            f"{folder.path} is a finished run, but {folder.checkpoints} holds no checkpoint, so that nothing more can "
+            f"be measured of it. Put last.pt back, or remove {folder.path / 'DONE'} to train it again."
+        )
 
 
 def train(session: Session) -> None:
