@@ -194,6 +194,41 @@ def test_warnings_name_numbers_that_cannot_be_believed():
     assert list(warnings_of(rows[:1])) == []
 
 
+def test_autoattack_is_compared_within_one_threat_model():
+    base = {"checkpoint": "last", "split": "test", "metric": "robust_error", "norm": "linf"}
+    rows = [
+        {**base, "measure": "autoattack", "epsilon": 0.1, "value": 0.4},
+        {**base, "measure": "pgd20", "epsilon": 0.2, "value": 0.5},
+    ]
+    assert list(warnings_of(rows)) == []
+    assert len(list(warnings_of([rows[0], {**rows[1], "epsilon": 0.1}]))) == 1
+
+
+def summarised(run: Path, *, trials: int = 3) -> None:
+    flat = {"value": 0.75, "standard_error": 0.1 if trials > 1 else None, "reduction": "mean", "split": "test[:4]"}
+    test = {"split": "test[:4]", "count": 4, "clean": {"error": 0.5}, "pgd20": {"robust_error": 0.75}}
+    measured = {"test": test, "flatness": flat}
+    (run / "results.json").write_text(json.dumps({"x": {"weights": {"model": measured}, "complete": True}}))
+
+
+def test_flatness_of_a_single_draw_is_shown(tmp_path):
+    run = make_run(tmp_path / "a" / "b", results=False)
+    summarised(run, trials=1)
+    assert headline(read_record(run)) == {"Err": "50.0 %", "RErr": "75.0 %", "flatness average": "0.750"}
+
+
+def test_measuring_curvature_does_not_hide_what_training_measured(tmp_path):
+    run = make_run(tmp_path / "a" / "b", results=False)
+    summarised(run)
+    attrs = {"kind": "sharpness", "name": "sam", "checkpoint": "last", "split": "test", "role": "test", KEY: "k"}
+    ResultStore(run / "results.h5").write(
+        "last/test/measure/sam", {}, {**attrs, "value": 1.0, "examples": 4}
+    )
+    record = read_record(run)
+    assert "sharpness" in set(record.table["kind"])
+    assert headline(record)["RErr"] == "75.0 %"
+
+
 def test_folders_that_are_no_runs_are_left_out(tmp_path):
     run = make_run(tmp_path / "a" / "b")
     (tmp_path / "a" / "other").mkdir()
