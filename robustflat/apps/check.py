@@ -259,7 +259,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in _SCALARS:
         return _SCALARS[hint](value)
-    return _fits_structure(value, origin or hint)
+    try:
+        return _fits_structure(value, origin or hint, [part for part in typing.get_args(hint) if part is not Ellipsis])
+    except OmegaConfBaseException:
+        return True  # an entry cannot be resolved or has no value: reported by the walk
 
 
 _SCALARS: dict[Any, Callable[[Any], bool]] = {
@@ -270,13 +273,18 @@ _SCALARS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
-def _fits_structure(value: Any, kind: Any) -> bool:
+_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+
+
+def _fits_structure(value: Any, kind: Any, inside: Sequence[Any]) -> bool:
     if not isinstance(kind, type):
         return True
     if issubclass(kind, collections.abc.Mapping):
-        return isinstance(value, Mapping | DictConfig) and "_target_" not in value
-    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
-        return isinstance(value, list | tuple | ListConfig)
+        named = isinstance(value, Mapping | DictConfig) and "_target_" not in value
+        return named and all(_fits(entry, part) for part in inside[1:] for entry in value.values())
+    if kind in _LISTS:
+        listed = isinstance(value, list | tuple | ListConfig)
+        return listed and all(not inside or any(_fits(entry, part) for part in inside) for entry in value)
     if issubclass(kind, str):
         return isinstance(value, str)
     return isinstance(value, DictConfig) and "_target_" in value  # an object: built from a node
@@ -294,8 +302,8 @@ def _describe(hint: Any) -> str:
         return name
     if isinstance(kind, type) and issubclass(kind, collections.abc.Mapping):
         return "a mapping of named entries"
-    if kind in (list, tuple, collections.abc.Sequence):
-        return "a list"
+    if kind in _LISTS:
+        return f"a list of {_describe(args[0])}" if args and args[0] in _SCALARS else "a list"
     return f"a node with _target_ (a {name})"
 
 

@@ -99,6 +99,18 @@ class RunFolder:
         """Say that training has finished; the last thing that training writes."""
         write_text(self.path / "DONE", "training finished\n")
 
+    def refuse_to_begin_again(self) -> None:
+        """Where no checkpoint is found: measure no untrained network under the name of a run that is done.
+
+        Raises:
+            UserError: if training has finished.
+        """
+        if self.done:
+            raise UserError(
+                f"{self.path} is a finished run, but {self.checkpoints} holds no checkpoint, so that nothing more can "
+                f"be measured of it. Put last.pt back, or remove {self.path / 'DONE'} to train it again."
+            )
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Content of a JSON file of the folder; empty if it is not there or damaged (it can be made again)."""
         try:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 import robustflat
-from robustflat.apps.build import build, choose_device
+from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import require_valid
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
@@ -148,19 +148,14 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         else:
             session = trained(config, folder, name=name, command=command, console=console)
             try:
-                results = measured(session, key)
+                with sharing_work():
+                    results = measure(session, key)
             finally:
                 session.logger.finish("done")
             draw_curves(session)
         facts = results["facts"] + described(folder.read_json("provenance.json"))
         print_summary(console, results, path, facts=facts)
     return results
-
-
-def measured(session: Session, key: str) -> dict[str, Any]:
-    """The measurements of a trained run, whose work all ranks share."""
-    with sharing_work():
-        return measure(session, key)
 
 
 def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:
@@ -197,7 +192,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
-    callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
+    callbacks = {name: build(node) for name, node in named_nodes(config, "callbacks").items()}
     model = seeded_model(config).to(config.device)
     logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
     give_surrogates([attack, *callbacks.values()], config)
@@ -322,7 +317,7 @@ def _resume(session: Session) -> None:
     ranks = current()
     newest = ranks.agreed(load_newest(session.folder.checkpoints) if ranks.first else None)
     if newest is None:
-        _refuse_lost_weights(session.folder)
+        session.folder.refuse_to_begin_again()
         session.logger.rewind(0)
         return
     if newest.message:
@@ -331,15 +326,6 @@ def _resume(session: Session) -> None:
     session.logger.rewind(session.trainer.step)
     if session.trainer.epoch < session.trainer.epochs:
         session.console.print(f"going on after epoch {session.trainer.epoch} of {session.config.trainer.epochs}")
-
-
-def _refuse_lost_weights(folder: RunFolder) -> None:
-    """Measure no untrained network under the name of a run that is done, and keep its metrics."""
-    if folder.done:
-        raise UserError(
-            f"{folder.path} is a finished run, but {folder.checkpoints} holds no checkpoint, so that nothing more can "
-            f"be measured of it. Put last.pt back, or remove {folder.path / 'DONE'} to train it again."
-        )
 
 
 def train(session: Session) -> None:

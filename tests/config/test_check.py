@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from robustflat.apps.build import build, choose_device
+from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import check, require_valid, resolve_target
 from robustflat.errors import UserError
 
@@ -169,3 +169,23 @@ def test_a_constructor_error_names_its_node(compose):
 def test_devices_that_are_not_there_are_named(device, message):
     with pytest.raises(UserError, match=message):
         choose_device(device)
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value", "good"),
+    [
+        ("robustflat.training.schedules.multistep", "fractions", ["a", "b"], [0.5, 1]),
+        ("robustflat.data.dataset.Dataset", "threat", {"linf": {"epsilon": "x"}}, {"linf": {"epsilon": 0.1}}),
+        ("robustflat.evaluation.plan.EvaluationPlan", "restarts", {"pgd20": "x"}, {"pgd20": 3}),
+    ],
+)
+def test_entries_of_lists_and_mappings_are_checked_too(target, key, value, good):
+    node = {"_target_": target, "_partial_": True}
+    (problem,) = check(OmegaConf.create({"schedule": {**node, key: value}}))
+    assert problem.startswith(f"schedule.{key}: expected ")
+    assert check(OmegaConf.create({"schedule": {**node, key: good}})) == []
+
+
+@pytest.mark.parametrize("callbacks", [{}, {"callbacks": None}, {"callbacks": {"one": None}}])
+def test_a_trainer_may_have_no_callbacks(callbacks):
+    assert named_nodes(OmegaConf.create({"trainer": callbacks}), "callbacks") == {}

@@ -162,6 +162,7 @@ TOGETHER = {
     "model.in_channels=3": "model.in_channels=3, but dataset.channels=1",
     "dataset.mean=[0.1,0.2]": "dataset.mean has 2 values, but dataset.channels=1",
     "trainer.epochs=0": "trainer.epochs=0",
+    "threads=-1": "threads=-1: must be at least 1",
     "evaluation.norm=l7": "evaluation.norm=l7",
     "flatness=null": "evaluation.flatness",
 }

@@ -221,9 +221,7 @@ def test_measuring_curvature_does_not_hide_what_training_measured(tmp_path):
     run = make_run(tmp_path / "a" / "b", results=False)
     summarised(run)
     attrs = {"kind": "sharpness", "name": "sam", "checkpoint": "last", "split": "test", "role": "test", KEY: "k"}
-    ResultStore(run / "results.h5").write(
-        "last/test/measure/sam", {}, {**attrs, "value": 1.0, "examples": 4}
-    )
+    ResultStore(run / "results.h5").write("last/test/measure/sam", {}, {**attrs, "value": 1.0, "examples": 4})
     record = read_record(run)
     assert "sharpness" in set(record.table["kind"])
     assert headline(record)["RErr"] == "75.0 %"
