@@ -147,6 +147,6 @@ def _placed(row: Row, stored: Stored, origin: Origin) -> Row:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []

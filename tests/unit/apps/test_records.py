@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from robustflat.apps.cards import card_of, card_schema, write_card
 from robustflat.apps.records import NOTE, failed_record, headline, read_record, read_records, warnings_of
-from robustflat.apps.runs import comparison, condition_of, found, remove, sorted_by
+from robustflat.apps.run_folder import RunFolder
+from robustflat.apps.runs import RunsRoot, comparison, condition_of, found, job, remove, sorted_by
 from robustflat.errors import UserError
 from robustflat.store.results import KEY, ResultStore
 from robustflat.store.tables import COLUMNS
@@ -289,6 +292,34 @@ def test_only_unfinished_runs_below_outputs_are_removed(tmp_path):
     assert not begun.exists()
     assert finished.exists()
     assert (elsewhere / "config.yaml").exists()
+
+
+def test_a_run_in_use_does_not_keep_the_others_from_being_removed(tmp_path, capsys):
+    busy, damaged, begun = (make_run(tmp_path / "a" / name, done=False) for name in ("busy", "damaged", "left"))
+    (damaged / "identity.yaml").write_text("{")
+    held = RunFolder(busy, None)
+    job(OmegaConf.create({**asdict(RunsRoot()), "outputs": str(tmp_path), "clean": True, "confirm": True}))
+    held.close()
+    assert busy.exists()
+    assert not damaged.exists() and not begun.exists()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Another process is working" in printed
+    assert f"removed {busy}" not in printed and f"removed {begun}" in printed
+
+
+@pytest.mark.parametrize(
+    ("where", "fits"),
+    [
+        ("dataset.train=train[:64]", True), ("dataset.train=train[:6]", False), ("lr=5e-4", True), ("lr=0.0005", True),
+        ("sync=true", True), ("sync=false", False), ("decay=null", True), ("epochs=60", True), ("epochs=6", False),
+        ("epochs=6*", True),
+    ],
+)  # fmt: skip
+def test_values_are_compared_as_values(tmp_path, where, fits):
+    run = make_run(tmp_path / "a" / "b")
+    text = "dataset: {train: 'train[:64]'}\nlr: 0.0005\nsync: true\ndecay: null\nepochs: 60\n"
+    (run / "config.yaml").write_text(text)
+    assert bool(found(tmp_path, condition_of(where))) is fits
 
 
 def test_two_runs_are_compared_or_it_is_said_that_there_are_not_two(tmp_path):

@@ -26,6 +26,23 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_files_are_as_readable_as_the_user_wants_files_to_be(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "λ")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "a.txt").read_bytes() == "λ".encode()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "3"])
+def test_an_identity_that_is_no_mapping_is_named(tmp_path, text):
+    (tmp_path / "identity.yaml").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        RunFolder(tmp_path, {"seed": 0})
+
+
 def test_json_has_no_nan_and_a_damaged_file_counts_as_absent(tmp_path):
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     folder.write_json("r.json", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
