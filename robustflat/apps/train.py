@@ -194,7 +194,6 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
     callbacks = {name: build(node) for name, node in named_nodes(config, "callbacks").items()}
     model = seeded_model(config).to(config.device)
-    logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
     give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
     one_after_the_other(lambda: require_splits(config, dataset))
@@ -209,6 +208,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
         markup=False,
         soft_wrap=True,
     )
+    logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))  # W&B has it from here on
     trainer: Trainer = make_trainer(
         model=model,
         data=stream,

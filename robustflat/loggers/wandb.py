@@ -150,6 +150,7 @@ def account() -> bool | None:
 
 def _init(wandb: Any, mode: str, settings: Mapping[str, Any]) -> Any:
     wishes = {
+        "reinit": "finish_previous",  # else a run of a sweep would log into one that failed before it
         "init_timeout": _INIT_SECONDS,
         "finish_timeout": _FINISH_SECONDS,  # a network that is gone must not hold a finished run
         "silent": True,
