@@ -143,11 +143,12 @@ def warnings_of(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def headline(record: RunRecord) -> dict[str, str]:
-    """The figures of a run that lists show, as text: clean error, RErr, RLoss, gap, flatness, on test examples."""
+    """The figures of a run that lists show, as text: clean error, RErr, RLoss, gap, flatness, on most test examples."""
     table = record.table
     found: dict[str, str] = {}
     last = table[table["checkpoint"].isin(("last", STOPPED))]
-    for row in last[last["split"].str.startswith("test").fillna(False)].to_dict("records"):
+    tests = last[last["split"].str.startswith("test").fillna(False)]
+    for row in tests.sort_values("count", kind="stable", na_position="first").to_dict("records"):
         name = _headline_name(row)
         if name:
             found[name] = f"{100 * row['value']:.1f} %" if "error" in row["metric"] else f"{row['value']:.3f}"
