@@ -87,6 +87,7 @@ def register() -> None:
     ConfigStore.instance().store(name="root", node=Root)
     _accept_launcher_files()
     OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
+    OmegaConf.register_new_resolver("times", lambda factor, value: float(factor) * float(value), replace=True)
     OmegaConf.register_new_resolver("training_norm", _training_norm, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("run_id", lambda _root_: run_id(_root_), replace=True)
