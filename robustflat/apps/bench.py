@@ -106,8 +106,8 @@ class Bench:
 
     def key(self, piece: Piece, weights: str) -> str:
         """Digest of all that decides the values of a piece: weights, examples, settings, seed."""
-        where = {"weights": weights, "split": piece.split, "role": piece.role}
-        where["source"] = deciding_source(self.settings)
+        source = deciding_source(self.settings)
+        where = {"weights": weights, "split": piece.split, "role": piece.role, "source": source}
         return digest({**where, "kind": piece.kind, "settings": self.decisive(piece)})
 
     def decisive(self, piece: Piece) -> dict[str, Any]:

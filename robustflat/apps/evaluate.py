@@ -20,7 +20,7 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
-from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _safe_name, differences, digest, resolved
 from robustflat.apps.data_source import deciding_source, moved, same_data
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
@@ -191,6 +191,7 @@ def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
             config[group] = _given_or_stored(config[group], stored[group])
         config.attack = stored.get("attack")
         find_data(config, stored, own=own)
+        require_network_of_run(config, stored)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
 
 
@@ -207,6 +208,23 @@ def find_data(config: DictConfig, stored: DictConfig, *, own: bool) -> None:
         _move_data(config.dataset, str(there), config.data_root)
     elif own:
         config.data_root = there
+
+
+def require_network_of_run(config: DictConfig, stored: DictConfig) -> None:
+    """Refuse to put the weights of a run into another network: results are stored by the weights alone.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if not isinstance(config.model, DictConfig) or not isinstance(stored.model, DictConfig):
+        return  # refused where the configuration is checked
+    there, here = ({"model": OmegaConf.to_container(node.model, resolve=True)} for node in (stored, config))
+    changed = list(differences(there, here))
+    if changed:
+        raise UserError(
+            f"run= takes the network that was trained ({'; '.join(changed[:4])}). For another one with its weights: "
+            "checkpoint=<run folder>/checkpoints/last.pt model=... dataset=..."
+        )
 
 
 def _missing(values: Any, path: str = "") -> Iterator[str]:

@@ -32,6 +32,7 @@ from robustflat.apps.evaluate import (
     find_data,
     network,
     open_folder,
+    require_network_of_run,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -284,6 +285,7 @@ def complete(config: DictConfig, stored: DictConfig | None) -> None:
         for group in ("dataset", "model"):
             config[group] = _given_or_stored(config[group], stored[group])
         find_data(config, stored, own=own)
+        require_network_of_run(config, stored)
     threat = config.evaluation
     if threat is not None and OmegaConf.to_container(threat, resolve=False)["norm"] == "${training_norm:}":  # type: ignore[call-overload,index]
         threat.norm = "linf" if stored is None else _training_norm(stored)

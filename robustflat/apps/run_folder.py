@@ -224,7 +224,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the checkout that this package was imported from, and a hash of what differs from it."""
+    """Commit of the checkout that this package was imported from, and a hash of what differs: new files count too."""
     folder = Path(robustflat.__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -238,8 +238,12 @@ def _commit() -> dict[str, Any]:
 
     if git("ls-files", "--error-unmatch", "robustflat/__init__.py") is None:
         return {"commit": None, "dirty": None}
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    commit, changed = git("rev-parse", "HEAD"), (git("diff", "HEAD") or "").encode()
+    new = git("ls-files", "-z", "--others", "--exclude-standard", "--", "robustflat", "conf") or ""
+    for name in filter(None, new.split("\0")):
+        with suppress(OSError):  # gone in the meantime
+            changed += name.encode() + (folder / name).read_bytes()
     return {
         "commit": commit.strip() if commit else None,
-        "dirty": hashlib.sha256(diff.encode()).hexdigest()[:8] if diff else None,
+        "dirty": hashlib.sha256(changed).hexdigest()[:8] if changed else None,
     }

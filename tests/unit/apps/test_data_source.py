@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from robustflat.apps.config import run_id
 from robustflat.apps.data_source import deciding_source, moved, same_data
 from robustflat.apps.evaluate import data_prefix, take_from_run
+from robustflat.errors import UserError
 
 FOLDER, STORED = "robustflat.data.folders.ImageFolder", "robustflat.data.sources.Cifar10"
 ARRAYS = "robustflat.data.sources.ArrayFiles"
@@ -72,3 +73,16 @@ def test_the_data_of_a_run_are_found_where_they_lie_now(given, expected):
     take_from_run(config, stored)
     assert config.dataset.source.root == expected
     assert same_data(OmegaConf.to_container(config), OmegaConf.to_container(stored))
+
+
+@pytest.mark.parametrize(("model", "refused"), [({"activation": "gelu"}, True), ({"activation": "relu"}, False)])
+def test_the_weights_of_a_run_are_not_put_into_another_network(model, refused):
+    network = {"_target_": "x", "activation": "relu"}
+    stored = OmegaConf.create({**about(STORED), "model": network, "attack": None})
+    config = OmegaConf.create({"dataset": None, "model": model, "attack": None, "data_root": None})
+    if refused:
+        with pytest.raises(UserError, match=r"model.activation: relu there, gelu here"):
+            take_from_run(config, stored)
+    else:
+        take_from_run(config, stored)
+        assert config.model == network
