@@ -335,8 +335,8 @@ def train(session: Session) -> None:
         with _stopping_politely(session.trainer), profiled(session):
             session.trainer.fit()
         status = "done"
-    except (KeyboardInterrupt, TrainingStopped):
-        status = "interrupted"
+    except (KeyboardInterrupt, TrainingStopped) as error:
+        status = "stopped" if isinstance(error, TrainingStopped) else "interrupted"
         raise
     finally:
         if status != "done":

@@ -102,7 +102,7 @@ class WandbLogger(Null):
         self._guard(send)
 
     def finish(self, status: str) -> None:
-        """Upload what is left and close; "failed" and "interrupted" runs are marked as such."""
+        """Upload what is left and close; runs that are not "done" are marked as failed."""
         self._guard(lambda: self._run.finish(exit_code=0 if status == "done" else 1))
         self._run = None
 
