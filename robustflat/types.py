@@ -107,5 +107,5 @@ class Logger(Protocol):
         ...
 
     def finish(self, status: str) -> None:
-        """Close; status is 'done', 'failed' or 'interrupted'."""
+        """Close; status is 'done', 'failed', 'interrupted' or 'stopped'."""
         ...

@@ -30,6 +30,12 @@ def build(node: DictConfig, **supplied: Any) -> Any:
         raise UserError(f"{where.group(1)}: {cause}" if where else str(cause)) from error
 
 
+def named_nodes(config: DictConfig, key: str) -> dict[str, DictConfig]:
+    """Callbacks or wrappers of the trainer by name; an entry that is null, or no such key at all, is left out."""
+    entries = config.trainer.get(key) or {}
+    return {str(name): node for name, node in entries.items() if node is not None}
+
+
 def choose_device(name: str) -> str:
     """'auto' -> 'cuda' where one is present, else 'cpu'; any other name is checked.
 

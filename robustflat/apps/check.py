@@ -22,14 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 from robustflat.apps.config import Root
 from robustflat.errors import UserError
 
-TRUSTED = ("robustflat", "torch", "torchvision")
+TRUSTED = ("robustflat", "torch.nn", "torch.optim", "torchvision.models")
+"""Packages and parts of packages that a configuration may take classes and functions from. Not all of torch: it has
+functions that run text as code (`torch.fx.graph_module`), compile it, or write files (`torch.save`)."""
+
 NEVER = (
-    "torch.load", "torch.hub", "torch.jit", "torch.utils.cpp_extension", "torch.package", "torch.serialization",
-    "torch.classes", "torch.ops", "torch.distributed", "torch.multiprocessing", "torch.utils.model_zoo",
-    "torch.utils.collect_env", "torch.utils.bottleneck", "torch._", "torch.export", "torch.compiler",
-    "torchvision.io", "robustflat.apps",
+    "robustflat.apps", "robustflat.loggers.jsonl", "robustflat.reporting", "robustflat.store",
+    "robustflat.training.checkpoint",
 )  # fmt: skip
-"""Parts of trusted packages that load, compile or start things: no configuration needs them."""
+"""Parts of trusted packages that write files or start things: no configuration needs them."""
 
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "trainer": frozenset({"model", "data", "attack", "make_optimizer", "make_schedule", "logger", "streams"}),
@@ -125,7 +126,11 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
     if "_args_" in node:
         yield f"{path}._args_: positional arguments are not allowed; name each argument."
     yield from _check_flags(node, path)
-    signature = inspect.signature(made)
+    try:
+        signature = inspect.signature(made)
+    except (ValueError, TypeError):  # written in C, in a package that the user trusts
+        yield f"{path}._target_: '{target}' does not say which arguments it takes; wrap it in a function of your own."
+        return
     hints = _hints(made)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     accepted = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -157,18 +162,21 @@ def _check_flags(node: DictConfig, path: str) -> Iterator[str]:
 def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:
     """The class or function that a `_target_` names, imported only if its package is trusted.
 
+    Args:
+        target: dotted path.
+        trusted: packages, or parts of packages such as "torch.nn".
+
     Raises:
         UserError: for a path outside the allow-list (before any import), or one that leads nowhere.
     """
-    package = target.split(".")[0]
-    if package not in trusted:
+    module_name, _, name = target.rpartition(".")
+    if not _inside(target, trusted):
+        package = target.split(".")[0]
         raise UserError(
             f"'{target}' is outside the trusted packages ({', '.join(trusted)}) and was not imported. "
-            f"If you trust it: trusted_packages=[{package}]"
+            f"If you trust it: trusted_packages=[{module_name if package in ('torch', 'torchvision') else package}]"
         )
-    if any(target == entry or target.startswith(entry if entry.endswith("_") else f"{entry}.") for entry in NEVER):
-        raise UserError(f"'{target}' may not be used in a configuration: it loads, compiles or starts things.")
-    module_name, _, name = target.rpartition(".")
+    _refuse_closed(target, target)
     module = _import_module(module_name, target)
     made = getattr(module, name, None)
     if made is None:
@@ -176,12 +184,22 @@ def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..
         raise UserError(f"cannot import '{target}'.{_suggest(name, public, list_all=False)}")
     if not callable(made):
         raise UserError(f"'{target}' is not a class or function.")
-    origin = getattr(made, "__module__", None) or package
-    if origin.split(".")[0] not in trusted and origin != "builtins":
+    origin = getattr(made, "__module__", None)
+    if not isinstance(origin, str) or origin == "builtins":
+        raise UserError(f"'{target}' is a built-in function, which a configuration may not call.")
+    if not _inside(origin, trusted):
         raise UserError(f"'{target}' leads to {origin}, which is outside the trusted packages.")
-    if origin == "builtins":
-        raise UserError(f"'{target}' is a built-in function of Python, which a configuration may not call.")
+    _refuse_closed(origin, target)
     return typing.cast(Callable[..., Any], made)
+
+
+def _inside(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _refuse_closed(name: str, target: str) -> None:
+    if _inside(name, NEVER):
+        raise UserError(f"'{target}' may not be used in a configuration: it writes files or starts things.")
 
 
 def _import_module(name: str, target: str) -> Any:
@@ -241,7 +259,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in _SCALARS:
         return _SCALARS[hint](value)
-    return _fits_structure(value, origin or hint)
+    try:
+        return _fits_structure(value, origin or hint, [part for part in typing.get_args(hint) if part is not Ellipsis])
+    except OmegaConfBaseException:
+        return True  # an entry cannot be resolved or has no value: reported by the walk
 
 
 _SCALARS: dict[Any, Callable[[Any], bool]] = {
@@ -252,13 +273,18 @@ _SCALARS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
-def _fits_structure(value: Any, kind: Any) -> bool:
+_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+
+
+def _fits_structure(value: Any, kind: Any, inside: Sequence[Any]) -> bool:
     if not isinstance(kind, type):
         return True
     if issubclass(kind, collections.abc.Mapping):
-        return isinstance(value, Mapping | DictConfig) and "_target_" not in value
-    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection):
-        return isinstance(value, list | tuple | ListConfig)
+        named = isinstance(value, Mapping | DictConfig) and "_target_" not in value
+        return named and all(_fits(entry, part) for part in inside[1:] for entry in value.values())
+    if kind in _LISTS:
+        listed = isinstance(value, list | tuple | ListConfig)
+        return listed and all(not inside or any(_fits(entry, part) for part in inside) for entry in value)
     if issubclass(kind, str):
         return isinstance(value, str)
     return isinstance(value, DictConfig) and "_target_" in value  # an object: built from a node
@@ -276,8 +302,8 @@ def _describe(hint: Any) -> str:
         return name
     if isinstance(kind, type) and issubclass(kind, collections.abc.Mapping):
         return "a mapping of named entries"
-    if kind in (list, tuple, collections.abc.Sequence):
-        return "a list"
+    if kind in _LISTS:
+        return f"a list of {_describe(args[0])}" if args and args[0] in _SCALARS else "a list"
     return f"a node with _target_ (a {name})"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,11 +73,38 @@ def rows_of(store: ResultStore, origin: Origin, *, names: Sequence[str] | None =
         rows += made
         by_role[checkpoint, str(stored.attrs.get("role"))] += made
     for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in by_role):
-        test, train = by_role[checkpoint, "test"], by_role[checkpoint, "train"]
-        for row in gap_rows(test, train):
-            like = next(r for r in test if (r["kind"], r["measure"]) == (row["kind"], row["measure"]))
-            rows.append({**like, **row, "split": "test - train", "role": "gap", "key": ""})
+        rows += _gaps(by_role[checkpoint, "test"], by_role[checkpoint, "train"])
     return rows
+
+
+def _gaps(test: Sequence[Row], train: Sequence[Row]) -> Iterator[Row]:
+    """One gap for every number that was measured on test and training examples of the same data.
+
+    Of several subsets those count that are cut alike, such as test[:1000] and train[:1000], else the largest.
+    """
+    for measured in dict.fromkeys(map(_measured, test)):
+        mine, others = ([row for row in rows if _measured(row) == measured] for rows in (test, train))
+        if others:
+            splits = ({row["split"]: row for row in reversed(rows)}.values() for rows in (mine, others))
+            one, other = max(product(*splits), key=_belonging)
+            same = [row for row in mine if row["split"] == one["split"]]
+            for row in gap_rows(same, [row for row in others if row["split"] == other["split"]]):
+                yield {**same[0], **row, "split": "test - train", "role": "gap", "key": ""}
+
+
+def _measured(row: Row) -> tuple[Any, ...]:
+    """What a row is about, apart from the examples: kind, measure, threat model, and which data."""
+    return row["kind"], row["measure"], row["norm"], row["epsilon"], str(row["split"]).rpartition(" ")[0]
+
+
+def _belonging(pair: tuple[Row, ...]) -> tuple[bool, int, int]:
+    one, other = pair
+    return _cut(one) == _cut(other), one["count"] or 0, other["count"] or 0
+
+
+def _cut(row: Row) -> str:
+    """How a split is cut out of its set: "test[:10]" -> "[:10]"."""
+    return str(row["split"].rpartition(" ")[2].removeprefix("test").removeprefix("train"))
 
 
 def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:
@@ -147,6 +175,6 @@ def _placed(row: Row, stored: Stored, origin: Origin) -> Row:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []

@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import robustflat
+from robustflat.apps.data_source import deciding_source
 
 NOT_IDENTITY = (
     "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
-    "trusted_packages", "dataset.device", "dataset.source.root", "dataset.source.download",
-    "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download", "dataset.source.cache",
+    "trusted_packages", "dataset.device", "dataset.eval_batch_size", "dataset.extra.root", "dataset.extra.download",
     "trainer.log_every", "force", "explain", "profile", "deterministic",
 )  # fmt: skip
 """What may change without making another run. A forgotten entry here costs a needless run; an include list
@@ -87,7 +87,7 @@ def register() -> None:
     ConfigStore.instance().store(name="root", node=Root)
     _accept_launcher_files()
     OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
-    OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
+    OmegaConf.register_new_resolver("times", lambda factor, value: float(factor) * float(value), replace=True)
     OmegaConf.register_new_resolver("training_norm", _training_norm, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("run_id", lambda _root_: run_id(_root_), replace=True)
@@ -131,6 +131,9 @@ def _safe_name(text: str) -> str:
 def identity(config: DictConfig) -> dict[str, Any]:
     """The part of the configuration that decides a run's result, as plain values with interpolations resolved."""
     container = resolved(config)
+    dataset = container.get("dataset")
+    if isinstance(dataset, dict) and isinstance(dataset.get("source"), dict):
+        container["dataset"] = {**dataset, "source": deciding_source(container)}
     for key in NOT_IDENTITY:
         _remove(container, key.split("."))
     if (container.get("trainer") or {}).get(

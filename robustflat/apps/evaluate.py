@@ -20,7 +20,8 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
-from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _safe_name, differences, digest, resolved
+from robustflat.apps.data_source import deciding_source, moved, same_data
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import (
@@ -137,7 +138,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             settings=resolved(config),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix=data_prefix(config, stored, dataset.name),
             parts=parts,
         )
         console.print(dataset.describe(), markup=False)
@@ -185,12 +186,45 @@ def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
     """
     config.attack = None
     if stored is not None:
+        own = config.dataset is None or "_target_" not in config.dataset
         for group in ("dataset", "model"):
             config[group] = _given_or_stored(config[group], stored[group])
         config.attack = stored.get("attack")
-        if config.data_root is not None:
-            _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
+        find_data(config, stored, own=own)
+        require_network_of_run(config, stored)
     config.data_root = config.data_root or os.environ.get("ROBUSTFLAT_DATA", "data")
+
+
+def find_data(config: DictConfig, stored: DictConfig, *, own: bool) -> None:
+    """Where the data of a run lie now: below `data_root` of the command, else where they lay when it was trained.
+
+    Args:
+        config: changed in place; its data set is complete.
+        stored: configuration of the run.
+        own: whether the data are those of the run.
+    """
+    there = stored.get("data_root")
+    if config.data_root is not None:
+        _move_data(config.dataset, str(there), config.data_root)
+    elif own:
+        config.data_root = there
+
+
+def require_network_of_run(config: DictConfig, stored: DictConfig) -> None:
+    """Refuse to put the weights of a run into another network: results are stored by the weights alone.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if not isinstance(config.model, DictConfig) or not isinstance(stored.model, DictConfig):
+        return  # refused where the configuration is checked
+    there, here = ({"model": OmegaConf.to_container(node.model, resolve=True)} for node in (stored, config))
+    changed = list(differences(there, here))
+    if changed:
+        raise UserError(
+            f"run= takes the network that was trained ({'; '.join(changed[:4])}). For another one with its weights: "
+            "checkpoint=<run folder>/checkpoints/last.pt model=... dataset=..."
+        )
 
 
 def _missing(values: Any, path: str = "") -> Iterator[str]:
@@ -215,16 +249,26 @@ def _given_or_stored(given: Any, stored: Any) -> Any:
     return given if "_target_" in given else OmegaConf.merge(stored, given)
 
 
-def same_data(one: DictConfig, other: DictConfig) -> bool:
-    """Whether two data sets have the same source, wherever its files lie."""
-    sources = [{k: v for k, v in node.source.items() if k not in ("root", "download")} for node in (one, other)]
-    return sources[0] == sources[1]
+def data_prefix(config: DictConfig, stored: DictConfig | None, name: str) -> str:
+    """What the names of splits begin with in the store: "" for the run's own data, else which other data they are.
+
+    Args:
+        config: of the evaluation, completed.
+        stored: of the run; `None`: a network from elsewhere, whose folder is for these data only.
+        name: of the data set; a digest is added where one name stands for many (folders and files of one's own).
+    """
+    values = resolved(config)
+    if stored is None or same_data(values, resolved(stored)):
+        return ""
+    source = deciding_source(values)
+    return f"{name}~{digest(source)} " if len(source) > 1 else f"{name} "
 
 
 def _move_data(dataset: DictConfig, old: str, new: str) -> None:
     for node in (dataset.get("source"), dataset.get("extra")):
-        if node is not None and str(node.get("root")) == old:
-            node.root = new
+        for key in ("root", "images"):
+            if node is not None and node.get(key) is not None:
+                node[key] = moved(str(node[key]), old, new)
 
 
 def require_sound(config: DictConfig) -> None:

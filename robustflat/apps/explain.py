@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from robustflat.apps.build import build
+from robustflat.apps.build import build, named_nodes
 from robustflat.apps.check import require_valid
 from robustflat.apps.rules import check_together
 from robustflat.data.dataset import Dataset
@@ -40,11 +40,11 @@ def method_of(config: DictConfig, dataset: Dataset | None) -> Method:
     """The method of a valid configuration; without its data the steps and what evaluates on it are left out."""
     node = config.trainer
     callbacks = {}
-    for name, entry in node.callbacks.items():
-        made = None if entry is None else build(entry)
+    for name, entry in named_nodes(config, "callbacks").items():
+        made = build(entry)
         if isinstance(made, functools.partial):
             made = None if dataset is None else made(dataset)
-        callbacks[str(name)] = made
+        callbacks[name] = made
     steps = None if dataset is None else len(dataset.train_stream(Streams(config.seed, "cpu"))) * node.epochs
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
     make_schedule(make_optimizer(nn.Linear(1, 1)), steps or node.epochs * 100)  # refuses values out of range
@@ -52,7 +52,7 @@ def method_of(config: DictConfig, dataset: Dataset | None) -> Method:
         loss=build(node.loss),
         attack=build(config.attack),
         gradient=build(node.gradient),
-        wrappers={str(name): None if wrap is None else build(wrap) for name, wrap in node.wrappers.items()},
+        wrappers={name: build(wrap) for name, wrap in named_nodes(config, "wrappers").items()},
         callbacks=callbacks,
         make_optimizer=make_optimizer,
         make_schedule=make_schedule,

@@ -23,14 +23,16 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import NetworkRoot, Root, _training_norm, digest, resolved
+from robustflat.apps.data_source import deciding_source
 from robustflat.apps.evaluate import (
     FACTS,
     RESULTS,
     _given_or_stored,
-    _move_data,
+    data_prefix,
+    find_data,
     network,
     open_folder,
-    same_data,
+    require_network_of_run,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -143,7 +145,7 @@ class Workplace:
         Returns:
             The name of the result in the store.
         """
-        source = {k: v for k, v in resolved(self.config)["dataset"]["source"].items() if k not in ("root", "download")}
+        source = deciding_source(resolved(self.config))
         settings = {**decisive, "seed": self.seed, "batch_size": int(self.config.batch_size)}
         split = str(self.config.examples)
         key = digest({"weights": weights, "split": split, "source": source, "kind": kind, "settings": settings})
@@ -272,17 +274,18 @@ def opened(
             store=ResultStore(folder.path / RESULTS),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix=data_prefix(config, stored, dataset.name),
         )
 
 
 def complete(config: DictConfig, stored: DictConfig | None) -> None:
     """Fill in what the command leaves to the run, in place: data, network, seed, and the norm of its threat model."""
     if stored is not None:
+        own = config.dataset is None or "_target_" not in config.dataset
         for group in ("dataset", "model"):
             config[group] = _given_or_stored(config[group], stored[group])
-        if config.data_root is not None:
-            _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
+        find_data(config, stored, own=own)
+        require_network_of_run(config, stored)
     threat = config.evaluation
     if threat is not None and OmegaConf.to_container(threat, resolve=False)["norm"] == "${training_norm:}":  # type: ignore[call-overload,index]
         threat.norm = "linf" if stored is None else _training_norm(stored)

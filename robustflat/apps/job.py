@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import traceback
@@ -26,8 +27,9 @@ from robustflat.apps.rules import check_together
 from robustflat.apps.run_folder import RunFolder, write_text
 from robustflat.apps.study_file import Experiment
 from robustflat.apps.study_runs import EVALUATED, Pass, completed, completed_pass, pass_key, seed_of
-from robustflat.apps.train import draw_curves, remove_if_empty, trained
+from robustflat.apps.train import STOPPED, draw_curves, remove_if_empty, trained
 from robustflat.errors import UserError
+from robustflat.training.trainer import TrainingStopped
 
 LOG = "log.txt"
 """What a job prints: the terminal belongs to the study."""
@@ -67,6 +69,9 @@ class StudyJob:
 
         Args:
             config: composed configuration of `train.py`.
+
+        Raises:
+            SystemExit: if a run in the study's own process is told to stop: the machine is wanted back.
         """
         register()
         context = HydraConfig.get()
@@ -76,6 +81,12 @@ class StudyJob:
         with _logging_to(folder) as console:
             try:
                 self._run(config, folder, command, console)
+            except TrainingStopped as error:
+                console.print(f"error: {error}", markup=False)
+                if os.getpid() == self.parent:
+                    print(f"error: {error}", file=sys.__stderr__)
+                    raise SystemExit(STOPPED) from error
+                return self._failed(folder, str(error))
             except UserError as error:
                 console.print(f"error: {error}", markup=False)
                 return self._failed(folder, str(error))

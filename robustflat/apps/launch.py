@@ -59,7 +59,7 @@ def launcher_overrides(given: Sequence[str], *, jobs: int | None, waiting: int) 
         chosen = ["joblib"] if workers > 1 and there else ["basic"]
         own = [f"{GROUP}{chosen[0]}", *own]
     if chosen[0] == "joblib":
-        own = [own[0], f"hydra.launcher.n_jobs={workers}", "hydra.launcher.batch_size=1", *own[1:]]
+        own = [f"hydra.launcher.n_jobs={workers}", "hydra.launcher.batch_size=1", *own]  # the user's come last and win
     return own
 
 

@@ -74,8 +74,8 @@ def _pieces(plan: EvaluationPlan, measure_flatness: object | None) -> list[str]:
 
 def facts(session: Session) -> str:
     """One line on what was trained."""
-    config = session.config
-    return f"{session.name}: {session.trainer.epoch} epochs, seed {config.seed}, weights in {config.trainer.precision}"
+    seed, trainer = session.config.seed, session.trainer
+    return f"{session.name}: {trainer.epoch} epochs, seed {seed}, weights in {trainer.precision}"
 
 
 def describe(session: Session, plan: EvaluationPlan) -> str:

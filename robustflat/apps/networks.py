@@ -69,7 +69,7 @@ def stored_config(run: Path) -> DictConfig:
     """
     path = run / "config.yaml"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         config = OmegaConf.create(text)
     except FileNotFoundError as error:
         raise UserError(f"{run} has no config.yaml, so its network is not known. Is it a run folder?") from error

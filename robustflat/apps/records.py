@@ -121,14 +121,20 @@ def warnings_of(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row["metric"] in ("robust_loss", "loss", "flatness") and row["value"] != row["value"]:
             yield f"{row['checkpoint']}, {row['split']}: {row['metric']} by {row['measure']} is not a number."
-        if row["metric"] == "flatness" and row["measure"].startswith("average") and row["value"] < -2 * row["stderr"]:
+        spread = row.get("stderr")
+        spread = float("nan") if spread is None else spread  # of a single draw
+        if row["metric"] == "flatness" and row["measure"].startswith("average") and row["value"] < -2 * spread:
             yield (
                 f"{row['checkpoint']}, {row['split']}: {row['measure']} is negative ({row['value']:.3f}): "
                 "the attack at the weights themselves may be too weak."
             )
-    errors = {(r["checkpoint"], r["split"], r["measure"]): r["value"] for r in rows if r["metric"] == "robust_error"}
-    for (checkpoint, split, measure), value in errors.items():
-        strongest = errors.get((checkpoint, split, "autoattack"))
+    errors = {
+        (r["checkpoint"], r["split"], r["measure"], r.get("norm"), r.get("epsilon")): r["value"]
+        for r in rows
+        if r["metric"] == "robust_error"
+    }
+    for (checkpoint, split, measure, *threat), value in errors.items():
+        strongest = errors.get((checkpoint, split, "autoattack", *threat))
         if strongest is not None and value > strongest + 1e-9:
             yield (
                 f"{checkpoint}, {split}: {measure} finds more errors ({value:.1%}) than AutoAttack ({strongest:.1%}), "
@@ -137,11 +143,12 @@ def warnings_of(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def headline(record: RunRecord) -> dict[str, str]:
-    """The figures of a run that lists show, as text: clean error, RErr, RLoss, gap, flatness, on test examples."""
+    """The figures of a run that lists show, as text: clean error, RErr, RLoss, gap, flatness, on most test examples."""
     table = record.table
     found: dict[str, str] = {}
     last = table[table["checkpoint"].isin(("last", STOPPED))]
-    for row in last[last["split"].str.startswith("test").fillna(False)].to_dict("records"):
+    tests = last[last["split"].str.startswith("test").fillna(False)]
+    for row in tests.sort_values("count", kind="stable", na_position="first").to_dict("records"):
         name = _headline_name(row)
         if name:
             found[name] = f"{100 * row['value']:.1f} %" if "error" in row["metric"] else f"{row['value']:.3f}"
@@ -169,16 +176,21 @@ def _headline_name(row: Mapping[Any, Any]) -> str:
 
 
 def _rows(folder: Path, part: str) -> tuple[list[Row], str]:
-    """Rows of results.h5, else of results.json; and what is wrong with them."""
+    """Rows of results.h5, and those of results.json where it has no errors and losses; and what is wrong with them."""
     try:
         stored = rows_of_run(folder) if (folder / RESULTS).is_file() else []
     except UserError as error:
         return [], str(error)
     if stored:
         rows = [renamed for row in stored if (renamed := _of_part(row, part)) is not None]
-        return rows, "" if rows else f"no results of the part '{part}': python evaluate.py run={folder} part={part}"
+        if not rows:
+            return [], f"no results of the part '{part}': python evaluate.py run={folder} part={part}"
+        if any(row["kind"] in ("clean", "attack", "flatness") for row in rows):
+            return rows, ""
+        stored = rows  # of `robustflat hessian` or `measure` alone
     origin = origin_of(folder)._asdict()
-    return [{**origin, **row} for row in rows_of_summary(_json(folder / "results.json"), part)], ""
+    summary = [{**origin, **row} for row in rows_of_summary(_json(folder / "results.json"), part)]
+    return [*summary, *stored], ""
 
 
 def _of_part(row: Row, part: str) -> Row | None:
@@ -299,7 +311,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}

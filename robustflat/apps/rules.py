@@ -65,7 +65,7 @@ def _trades_needs_an_attack(config: DictConfig) -> Iterator[str]:
 def _wrappers_need_class_labels(config: DictConfig) -> Iterator[str]:
     loss = str(_get(config, "trainer.loss._target_"))
     wrappers = _get(config, "trainer.wrappers")
-    if loss.endswith(".Trades") and wrappers:
+    if loss.endswith(".Trades") and isinstance(wrappers, DictConfig) and any(v is not None for v in wrappers.values()):
         yield "trainer.wrappers change which labels the attack sees, but TRADES attacks its own predictions."
 
 
@@ -80,6 +80,12 @@ def _snapshots_within_training(config: DictConfig) -> Iterator[str]:
 def _flatness_is_meaningful(config: DictConfig) -> Iterator[str]:
     if _get(config, "evaluation.flatness") is not None and _get(config, "flatness") is None:
         yield "evaluation.flatness names examples, but there is no flatness measure: evaluation.flatness=null."
+
+
+def _threads_can_be_started(config: DictConfig) -> Iterator[str]:
+    threads = _get(config, "threads")
+    if isinstance(threads, int) and threads < 0:
+        yield f"threads={threads}: must be at least 1, or 0 for the customary number."
 
 
 def _profile_is_readable(config: DictConfig) -> Iterator[str]:
@@ -97,5 +103,6 @@ RULES: tuple[Rule, ...] = (
     _wrappers_need_class_labels,
     _snapshots_within_training,
     _flatness_is_meaningful,
+    _threads_can_be_started,
     _profile_is_readable,
 )

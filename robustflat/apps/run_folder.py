@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -23,6 +22,7 @@ import yaml
 import robustflat
 from robustflat.apps.config import decisive, differences
 from robustflat.errors import UserError
+from robustflat.loggers.jsonl import replace_file
 from robustflat.ranks import current
 
 try:
@@ -38,15 +38,17 @@ class RunFolder:
 
     Args:
         path: the folder; created if it is not there.
-        identity: the part of the configuration that decides the result (see `apps.config.identity`).
+        identity: the part of the configuration that decides the result (see `apps.config.identity`); `None`: whatever
+            the folder holds.
 
     Raises:
         UserError: if the folder belongs to another configuration, is in use, or cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None) -> None:
         self.path = path
-        self._refuse_other_run(identity)
+        if identity is not None:
+            self._refuse_other_run(identity)
         self._new = not path.exists() or not any(path.iterdir())
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ class RunFolder:
             except OSError as error:
                 self._lock.close()
                 raise UserError(f"Another process is working in {path}; wait for it or stop it first.") from error
-        if not (path / "identity.yaml").exists():
+        if identity is not None and not (path / "identity.yaml").exists():
             try:
                 write_text(path / "identity.yaml", yaml.safe_dump(dict(identity), sort_keys=True))
             except BaseException:
@@ -74,10 +76,12 @@ class RunFolder:
         if not stored.exists():
             return
         try:
-            there = yaml.safe_load(stored.read_text())
+            there = yaml.safe_load(stored.read_text()) or {}
+            if not isinstance(there, dict):
+                raise yaml.YAMLError("not a mapping")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{stored} is damaged; remove the folder {self.path} to start that run anew.") from error
-        lines = list(differences(decisive(there or {}), decisive(json.loads(json.dumps(identity, default=str)))))
+        lines = list(differences(decisive(there), decisive(json.loads(json.dumps(identity, default=str)))))
         if lines:
             text = "\n".join(f"  - {line}" for line in lines[:8])
             raise UserError(
@@ -98,6 +102,18 @@ class RunFolder:
     def mark_done(self) -> None:
         """Say that training has finished; the last thing that training writes."""
         write_text(self.path / "DONE", "training finished\n")
+
+    def refuse_to_begin_again(self) -> None:
+        """Where no checkpoint is found: measure no untrained network under the name of a run that is done.
+
+        Raises:
+            UserError: if training has finished.
+        """
+        if self.done:
+            raise UserError(
+                f"{self.path} is a finished run, but {self.checkpoints} holds no checkpoint, so that nothing more can "
+                f"be measured of it. Put last.pt back, or remove {self.path / 'DONE'} to train it again."
+            )
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Content of a JSON file of the folder; empty if it is not there or damaged (it can be made again)."""
@@ -160,22 +176,14 @@ def _json_ready(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Write a file so that a reader sees the old content or the new, never a part; UTF-8, permissions by umask.
 
     Raises:
         UserError: if it cannot be written (a full disk, for example); the old file is intact.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        replace_file(path, text.encode())
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise UserError(f"Cannot write {path}: {error.strerror}. What was there before is intact.") from error
 
 
@@ -216,7 +224,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the checkout that this package was imported from, and a hash of what differs from it."""
+    """Commit of the checkout that this package was imported from, and a hash of what differs: new files count too."""
     folder = Path(robustflat.__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -230,8 +238,12 @@ def _commit() -> dict[str, Any]:
 
     if git("ls-files", "--error-unmatch", "robustflat/__init__.py") is None:
         return {"commit": None, "dirty": None}
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    commit, changed = git("rev-parse", "HEAD"), (git("diff", "HEAD") or "").encode()
+    new = git("ls-files", "-z", "--others", "--exclude-standard", "--", "robustflat", "conf") or ""
+    for name in filter(None, new.split("\0")):
+        with suppress(OSError):  # gone in the meantime
+            changed += name.encode() + (folder / name).read_bytes()
     return {
         "commit": commit.strip() if commit else None,
-        "dirty": hashlib.sha256(diff.encode()).hexdigest()[:8] if diff else None,
+        "dirty": hashlib.sha256(changed).hexdigest()[:8] if changed else None,
     }

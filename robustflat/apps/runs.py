@@ -112,7 +112,20 @@ def _fits(record: RunRecord, wanted: Mapping[str, Any]) -> bool:
     if not wanted:
         return True
     facts = _facts(record)
-    return all(name in facts and fnmatchcase(str(facts[name]), str(value)) for name, value in wanted.items())
+    return all(name in facts and _is(facts[name], value) for name, value in wanted.items())
+
+
+def _is(fact: Any, wanted: Any) -> bool:
+    """Whether a fact is what `where` says: the same value (true, null, 5e-4), the same text, or of that pattern."""
+    text = str(wanted)
+    return fact == _value(text) or str(fact) == text or fnmatchcase(str(fact), text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 
 def _facts(record: RunRecord) -> Choice:
@@ -126,7 +139,7 @@ def _facts(record: RunRecord) -> Choice:
 def _configuration(record: RunRecord) -> Choice:
     assert record.folder is not None
     try:
-        values = yaml.safe_load((record.folder / "config.yaml").read_text())
+        values = yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return flat(values) if isinstance(values, dict) else {}
@@ -223,9 +236,13 @@ def _clean(records: Sequence[RunRecord], outputs: Path, *, confirmed: bool, cons
     doomed = [record for record in records if not _trained(record)]
     for record in doomed:
         assert record.folder is not None
-        console.print(f"{'removing' if confirmed else 'would remove'} {record.folder}: {record.problem}", markup=False)
         if confirmed:
-            remove(record.folder, outputs)
+            try:
+                remove(record.folder, outputs)
+            except UserError as error:  # in use, for example: the others are removed
+                console.print(str(error), markup=False)
+                continue
+        console.print(f"{'removed' if confirmed else 'would remove'} {record.folder}: {record.problem}", markup=False)
     if doomed and not confirmed:
         console.print("Nothing was removed. To remove these folders: confirm=true")
     if not doomed:
@@ -248,8 +265,7 @@ def remove(folder: Path, outputs: Path) -> None:
         raise UserError(f"{folder} is not a run folder below {outputs}, and is left as it is.")
     if (real / "DONE").exists():
         raise UserError(f"{folder} is a finished run, and is left as it is.")
-    identity = yaml.safe_load((real / "identity.yaml").read_text())
-    opened = RunFolder(real, identity or {})  # refuses if another process works in it
+    opened = RunFolder(real, None)  # refuses if another process works in it
     try:
         shutil.rmtree(real)
     except OSError as error:

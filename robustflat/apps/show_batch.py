@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from robustflat.apps.build import build, choose_device
+from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import require_valid
 from robustflat.apps.config import Root
 from robustflat.apps.messages import complain
@@ -126,8 +126,8 @@ def wrapped_attack(config: DictConfig) -> Attack:
     """The attack of a configuration inside the wrappers of its trainer."""
     attack: Attack = build(config.attack)
     give_surrogates([attack], config)
-    for node in config.trainer.wrappers.values():
-        attack = attack if node is None else build(node)(attack)
+    for node in named_nodes(config, "wrappers").values():
+        attack = build(node)(attack)
     return attack
 
 

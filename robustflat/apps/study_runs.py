@@ -17,6 +17,7 @@ from robustflat.apps.build import choose_device
 from robustflat.apps.check import check
 from robustflat.apps.collect import RESULTS
 from robustflat.apps.config import digest, resolved, run_id, run_name
+from robustflat.apps.data_source import deciding_source
 from robustflat.apps.evaluate import complete, require_sound
 from robustflat.apps.messages import user_error_in
 from robustflat.apps.rules import check_together
@@ -220,8 +221,7 @@ def pass_key(made: DictConfig, *, seed: int) -> str:
     values = {**resolved(made), "seed": seed}
     kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE}
     dataset = dict(kept.get("dataset") or {})
-    source = {k: v for k, v in dict(dataset.get("source") or {}).items() if k not in ("root", "download", "cache")}
-    kept["dataset"] = {**{k: v for k, v in dataset.items() if k != "device"}, "source": source}
+    kept["dataset"] = {**{k: v for k, v in dataset.items() if k != "device"}, "source": deciding_source(values)}
     return digest(kept)
 
 

@@ -59,7 +59,7 @@ def one_after_the_other(load: Callable[[], object]) -> None:
 
 def sharing(config: DictConfig) -> dict[str, Any]:
     """For the record: number of processes, and what batch norm's statistics are those of."""
-    synchronised = current().size == 1 or bool(config.trainer.sync_batch_norm)
+    synchronised = current().size == 1 or bool(config.trainer.get("sync_batch_norm", True))
     return {"processes": current().size, "batch_norm": "whole batch" if synchronised else "share of each process"}
 
 

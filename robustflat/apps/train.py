@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 import robustflat
-from robustflat.apps.build import build, choose_device
+from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import require_valid
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
@@ -148,19 +148,14 @@ def run(config: DictConfig, path: Path, *, command: list[str], console: Console)
         else:
             session = trained(config, folder, name=name, command=command, console=console)
             try:
-                results = measured(session, key)
+                with sharing_work():
+                    results = measure(session, key)
             finally:
                 session.logger.finish("done")
             draw_curves(session)
         facts = results["facts"] + described(folder.read_json("provenance.json"))
         print_summary(console, results, path, facts=facts)
     return results
-
-
-def measured(session: Session, key: str) -> dict[str, Any]:
-    """The measurements of a trained run, whose work all ranks share."""
-    with sharing_work():
-        return measure(session, key)
 
 
 def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[str], console: Console) -> Session:
@@ -172,14 +167,17 @@ def trained(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
         name: of the experiment.
         command: the overrides that the user gave, for the record.
         console: where progress goes.
+
+    Raises:
+        UserError: if the run is done and its checkpoints are gone, among others.
     """
     try:
         session = prepare(config, folder, name=name, command=command, console=console)
     except BaseException:
         folder.abandon()
         raise
-    if not folder.done:
-        train(session)
+    if not folder.done or session.trainer.epoch < session.trainer.epochs:
+        train(session)  # a finished run too, if only an earlier checkpoint of it can be read
     return session
 
 
@@ -194,9 +192,8 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
-    callbacks = {name: build(node) for name, node in config.trainer.callbacks.items() if node is not None}
+    callbacks = {name: build(node) for name, node in named_nodes(config, "callbacks").items()}
     model = seeded_model(config).to(config.device)
-    logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))
     give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
     one_after_the_other(lambda: require_splits(config, dataset))
@@ -211,6 +208,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
         markup=False,
         soft_wrap=True,
     )
+    logger = _logger(config, folder, name, console, ledger=_ledger(config, folder, model))  # W&B has it from here on
     trainer: Trainer = make_trainer(
         model=model,
         data=stream,
@@ -319,13 +317,14 @@ def _resume(session: Session) -> None:
     ranks = current()
     newest = ranks.agreed(load_newest(session.folder.checkpoints) if ranks.first else None)
     if newest is None:
+        session.folder.refuse_to_begin_again()
         session.logger.rewind(0)
         return
     if newest.message:
         session.console.print(newest.message, style="yellow", markup=False)
     session.trainer.load_state_dict(newest.parts)
     session.logger.rewind(session.trainer.step)
-    if not session.folder.done:
+    if session.trainer.epoch < session.trainer.epochs:
         session.console.print(f"going on after epoch {session.trainer.epoch} of {session.config.trainer.epochs}")
 
 
@@ -336,8 +335,8 @@ def train(session: Session) -> None:
         with _stopping_politely(session.trainer), profiled(session):
             session.trainer.fit()
         status = "done"
-    except (KeyboardInterrupt, TrainingStopped):
-        status = "interrupted"
+    except (KeyboardInterrupt, TrainingStopped) as error:
+        status = "stopped" if isinstance(error, TrainingStopped) else "interrupted"
         raise
     finally:
         if status != "done":

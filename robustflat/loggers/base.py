@@ -20,7 +20,7 @@ class Null:
         """Forget what was logged after `step`, because training resumes there."""
 
     def finish(self, status: str) -> None:
-        """Close; status is "done", "failed" or "interrupted"."""
+        """Close; status is "done", "failed", "interrupted" (not saved since the last epoch) or "stopped" (saved)."""
 
 
 class Many(Null):

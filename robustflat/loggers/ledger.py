@@ -21,8 +21,8 @@ class LedgerLogger(Null):
     """Keeps a book of the compute of a training: {"training": {...}, "watching": {...}}.
 
     "watching" is the periodic evaluation. Whatever was spent since the last call belongs to "training" when the
-    trainer logs an epoch, and to "watching" when an evaluation logs. A resumed training adds to what is in the file;
-    epochs that a kill undid are not in it.
+    trainer logs an epoch or is stopped, and to "watching" when an evaluation logs. A resumed training adds to what is
+    in the file; epochs that a kill undid are not in it.
 
     Args:
         path: the file, by convention ledger.json in the run folder.
@@ -51,8 +51,19 @@ class LedgerLogger(Null):
         phase = "training" if "epoch" in metrics else ""
         if not phase and any(name.startswith("evaluation") for name in metrics):
             phase = "watching"
-        if not phase:
-            return
+        if phase:
+            self._enter(phase)
+
+    def finish(self, status: str) -> None:
+        """Enter what a training spent that was stopped, and saved, in the middle of an epoch.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        if status == "stopped":
+            self._enter("training")
+
+    def _enter(self, phase: str) -> None:
         now, seconds = dict(self._read()), time.perf_counter()
         peak = now.pop("peak_memory_mib", 0.0)
         entry = self._book.setdefault(phase, {})

@@ -102,7 +102,7 @@ class WandbLogger(Null):
         self._guard(send)
 
     def finish(self, status: str) -> None:
-        """Upload what is left and close; "failed" and "interrupted" runs are marked as such."""
+        """Upload what is left and close; runs that are not "done" are marked as failed."""
         self._guard(lambda: self._run.finish(exit_code=0 if status == "done" else 1))
         self._run = None
 
@@ -150,6 +150,7 @@ def account() -> bool | None:
 
 def _init(wandb: Any, mode: str, settings: Mapping[str, Any]) -> Any:
     wishes = {
+        "reinit": "finish_previous",  # else a run of a sweep would log into one that failed before it
         "init_timeout": _INIT_SECONDS,
         "finish_timeout": _FINISH_SECONDS,  # a network that is gone must not hold a finished run
         "silent": True,

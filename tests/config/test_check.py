@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from robustflat.apps.build import build, choose_device
+from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import check, require_valid, resolve_target
 from robustflat.errors import UserError
 
@@ -75,6 +75,12 @@ def test_wrong_types_are_named(line, message):
         "pickle.loads",
         "numpy.load",
         "sys.exit",
+        "torch.load",
+        "torch.save",
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "torch.fx.graph_module._exec_with_source",
+        "torchvision.datasets.utils.download_url",
     ],
 )
 def test_a_class_outside_the_trusted_packages_is_refused(target):
@@ -84,7 +90,13 @@ def test_a_class_outside_the_trusted_packages_is_refused(target):
 
 @pytest.mark.parametrize(
     "target",
-    ["torch.load", "torch.hub.load", "torch.utils.cpp_extension.load", "robustflat.apps.run_folder.write_text"],
+    [
+        "robustflat.apps.run_folder.write_text",
+        "robustflat.training.checkpoint.save",
+        "robustflat.training.callbacks.save",  # the same function by another name
+        "robustflat.loggers.jsonl.JsonlLogger",
+        "robustflat.store.tables.write_table",
+    ],
 )
 def test_trusted_packages_have_rooms_that_stay_closed(target):
     with pytest.raises(UserError, match="may not be used"):
@@ -98,11 +110,18 @@ def test_trusted_packages_have_rooms_that_stay_closed(target):
         "torch.nn.functional.importlib.import_module",
         "torch.sys.exit",
         "robustflat.data.hdf5.os.remove",
+        "torch.nn.functional.has_torch_function",
+        "torchvision.models._api.load_state_dict_from_url",
     ],
 )
 def test_a_trusted_path_that_leads_outside_is_refused(target):
     with pytest.raises(UserError):
         resolve_target(target)
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "torch.optim.SGD", "torchvision.models.resnet18"])
+def test_layers_optimizers_and_models_of_torch_are_trusted(target):
+    assert callable(resolve_target(target))
 
 
 def test_nothing_is_imported_before_trust_is_checked(tmp_path, monkeypatch):
@@ -150,3 +169,23 @@ def test_a_constructor_error_names_its_node(compose):
 def test_devices_that_are_not_there_are_named(device, message):
     with pytest.raises(UserError, match=message):
         choose_device(device)
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value", "good"),
+    [
+        ("robustflat.training.schedules.multistep", "fractions", ["a", "b"], [0.5, 1]),
+        ("robustflat.data.dataset.Dataset", "threat", {"linf": {"epsilon": "x"}}, {"linf": {"epsilon": 0.1}}),
+        ("robustflat.evaluation.plan.EvaluationPlan", "restarts", {"pgd20": "x"}, {"pgd20": 3}),
+    ],
+)
+def test_entries_of_lists_and_mappings_are_checked_too(target, key, value, good):
+    node = {"_target_": target, "_partial_": True}
+    (problem,) = check(OmegaConf.create({"schedule": {**node, key: value}}))
+    assert problem.startswith(f"schedule.{key}: expected ")
+    assert check(OmegaConf.create({"schedule": {**node, key: good}})) == []
+
+
+@pytest.mark.parametrize("callbacks", [{}, {"callbacks": None}, {"callbacks": {"one": None}}])
+def test_a_trainer_may_have_no_callbacks(callbacks):
+    assert named_nodes(OmegaConf.create({"trainer": callbacks}), "callbacks") == {}

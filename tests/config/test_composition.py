@@ -171,6 +171,7 @@ TOGETHER = {
     "model.in_channels=3": "model.in_channels=3, but dataset.channels=1",
     "dataset.mean=[0.1,0.2]": "dataset.mean has 2 values, but dataset.channels=1",
     "trainer.epochs=0": "trainer.epochs=0",
+    "threads=-1": "threads=-1: must be at least 1",
     "evaluation.norm=l7": "evaluation.norm=l7",
     "flatness=null": "evaluation.flatness",
 }
@@ -204,3 +205,15 @@ def test_no_run_id_looks_like_a_number():
         assert len(text) == 8
         with pytest.raises(ValueError):
             float(text)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist", "digits"])
+@pytest.mark.parametrize(("attack", "factor"), [("fgsm_linf", 1), ("n_fgsm_linf", 1), ("fgsm_random_start_linf", 1.25)])
+def test_single_steps_are_as_long_as_the_data_ask_for(compose, dataset, attack, factor):
+    config = compose(f"dataset={dataset}", f"attack={attack}")
+    assert config.attack.step_size == factor * config.dataset.threat.linf.epsilon
+
+
+def test_a_single_step_follows_its_own_ball_wherever_it_stands(compose):
+    config = compose("+attack@evaluation.attacks.one=fgsm_linf", "evaluation.attacks.one.ball.epsilon=0.05")
+    assert config.evaluation.attacks.one.step_size == 0.05

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
+from robustflat.training.checkpoint import load
 from tests.integration.conftest import TINY, only_run
 
 MISTAKES = {
@@ -130,6 +133,31 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous_one(cli, tmp_path):
     assert "last.pt" in answer.out
     assert "previous.pt" in answer.out
     assert "going on after epoch 1 of 2" in answer.out
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_trains_the_missing_epochs_again(cli, tmp_path):
+    assert cli(*TINY).code == 0
+    run = only_run(tmp_path)
+    before, metrics = load(run / "checkpoints" / "last.pt"), (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints" / "last.pt").write_bytes(b"PK")
+    answer = cli(*TINY, "force=true")
+    assert answer.code == 0, answer.err
+    assert "2 epochs" in answer.out  # not the figures of the first epoch under the name of the run
+    after = load(run / "checkpoints" / "last.pt")
+    assert all(torch.equal(value, after.parts["model"][name]) for name, value in before.parts["model"].items())
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_finished_run_without_checkpoints_is_not_measured_untrained(cli, tmp_path):
+    assert cli(*TINY).code == 0
+    run = only_run(tmp_path)
+    kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "results.json")}
+    shutil.rmtree(run / "checkpoints")
+    answer = cli(*TINY, "force=true")
+    assert answer.code == 1
+    assert "holds no checkpoint" in answer.err
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert cli(*TINY).code == 0  # its figures are there
 
 
 def test_a_folder_of_another_configuration_is_left_alone(cli, tmp_path):

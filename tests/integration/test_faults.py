@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from robustflat.apps.compare import compare_runs
+from robustflat.loggers.ledger import read_ledger
 from robustflat.training.callbacks import Callback
 from robustflat.training.checkpoint import load
 from robustflat.training.trainer import Trainer
@@ -155,6 +156,8 @@ def test_a_machine_that_is_taken_back_costs_no_step(cli, tmp_path, monkeypatch, 
     assert cli(*longer).code == 0
     (whole,) = tmp_path.glob("whole/*/*")
     assert compare_runs(whole, only_run(tmp_path)) == []
+    spent, stopped = (read_ledger(run / "ledger.json")["training"] for run in (whole, only_run(tmp_path)))
+    assert all(spent[key] <= stopped[key] for key in ("backwards", "images"))  # each start checks its search copy
 
 
 def test_a_sweep_that_is_told_to_stop_stops(cli, tmp_path, monkeypatch):

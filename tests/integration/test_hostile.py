@@ -16,10 +16,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
-from robustflat.apps.check import TRUSTED, resolve_target
+from robustflat.apps.check import TRUSTED, check, refuse, resolve_target
 from robustflat.apps.config import _safe_name
+from robustflat.apps.surrogates import surrogate_of
 from robustflat.data.folders import ImageFolder
 from robustflat.data.hdf5 import read_images
 from robustflat.data.safe_pickle import load_arrays
@@ -123,7 +126,8 @@ TARGETS = [
     "robustflat.training.checkpoint.os.system",
     "robustflat.data.hdf5.os.system", "robustflat.loggers.wandb.importlib.import_module", "hydra.utils.get_method",
     "torch.nn.modules.module.torch.os.system", "torch.utils.data.dataloader.os.system", "robustflat..os.system",
-    "", ".", "os", "robustflat.models.small.torch.load",
+    "", ".", "os", "robustflat.models.small.torch.load", "torch.fx.graph_module._exec_with_source", "torch.save",
+    "torch.from_file", "torch.utils.benchmark.utils.cpp_jit.compile_timeit_template", "torchvision.utils.save_image",
 ]  # fmt: skip
 
 
@@ -131,6 +135,25 @@ TARGETS = [
 def test_no_target_leads_out_of_the_trusted_packages(target):
     with pytest.raises(UserError):
         resolve_target(target, TRUSTED)
+
+
+def test_text_in_a_configuration_is_never_run_as_code(canary):
+    source = f"import os; os.system('touch {canary}')"
+    node = {"_target_": "torch.fx.graph_module._exec_with_source", "src": source, "globals": {}}
+    instantiate(node, _convert_="all")  # the attack works without the check
+    assert canary.exists()
+    canary.unlink()
+    with pytest.raises(UserError, match="outside the trusted packages"):
+        refuse(check(OmegaConf.create({"model": node})))
+
+
+def test_a_run_folder_does_not_say_whom_to_trust(tmp_path, canary):
+    model = {"_target_": "os.system", "command": f"touch {canary}"}
+    stored = {"model": model, "dataset": {"channels": 1, "classes": 2}, "seed": 0, "trusted_packages": ["os", "posix"]}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(stored)))
+    ours = OmegaConf.create({"dataset": stored["dataset"], "trusted_packages": [], "device": "cpu"})
+    with pytest.raises(UserError, match="outside the trusted packages"):
+        surrogate_of(tmp_path, ours)
 
 
 @pytest.mark.parametrize("target", ["os.system", "torch.os.system", "subprocess.check_output"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from robustflat.apps.cards import card_of, card_schema, write_card
 from robustflat.apps.records import NOTE, failed_record, headline, read_record, read_records, warnings_of
-from robustflat.apps.runs import comparison, condition_of, found, remove, sorted_by
+from robustflat.apps.run_folder import RunFolder
+from robustflat.apps.runs import RunsRoot, comparison, condition_of, found, job, remove, sorted_by
 from robustflat.errors import UserError
 from robustflat.store.results import KEY, ResultStore
 from robustflat.store.tables import COLUMNS
@@ -194,6 +197,39 @@ def test_warnings_name_numbers_that_cannot_be_believed():
     assert list(warnings_of(rows[:1])) == []
 
 
+def test_autoattack_is_compared_within_one_threat_model():
+    base = {"checkpoint": "last", "split": "test", "metric": "robust_error", "norm": "linf"}
+    rows = [
+        {**base, "measure": "autoattack", "epsilon": 0.1, "value": 0.4},
+        {**base, "measure": "pgd20", "epsilon": 0.2, "value": 0.5},
+    ]
+    assert list(warnings_of(rows)) == []
+    assert len(list(warnings_of([rows[0], {**rows[1], "epsilon": 0.1}]))) == 1
+
+
+def summarised(run: Path, *, trials: int = 3) -> None:
+    flat = {"value": 0.75, "standard_error": 0.1 if trials > 1 else None, "reduction": "mean", "split": "test[:4]"}
+    test = {"split": "test[:4]", "count": 4, "clean": {"error": 0.5}, "pgd20": {"robust_error": 0.75}}
+    measured = {"test": test, "flatness": flat}
+    (run / "results.json").write_text(json.dumps({"x": {"weights": {"model": measured}, "complete": True}}))
+
+
+def test_flatness_of_a_single_draw_is_shown(tmp_path):
+    run = make_run(tmp_path / "a" / "b", results=False)
+    summarised(run, trials=1)
+    assert headline(read_record(run)) == {"Err": "50.0 %", "RErr": "75.0 %", "flatness average": "0.750"}
+
+
+def test_measuring_curvature_does_not_hide_what_training_measured(tmp_path):
+    run = make_run(tmp_path / "a" / "b", results=False)
+    summarised(run)
+    attrs = {"kind": "sharpness", "name": "sam", "checkpoint": "last", "split": "test", "role": "test", KEY: "k"}
+    ResultStore(run / "results.h5").write("last/test/measure/sam", {}, {**attrs, "value": 1.0, "examples": 4})
+    record = read_record(run)
+    assert "sharpness" in set(record.table["kind"])
+    assert headline(record)["RErr"] == "75.0 %"
+
+
 def test_folders_that_are_no_runs_are_left_out(tmp_path):
     run = make_run(tmp_path / "a" / "b")
     (tmp_path / "a" / "other").mkdir()
@@ -256,6 +292,34 @@ def test_only_unfinished_runs_below_outputs_are_removed(tmp_path):
     assert not begun.exists()
     assert finished.exists()
     assert (elsewhere / "config.yaml").exists()
+
+
+def test_a_run_in_use_does_not_keep_the_others_from_being_removed(tmp_path, capsys):
+    busy, damaged, begun = (make_run(tmp_path / "a" / name, done=False) for name in ("busy", "damaged", "left"))
+    (damaged / "identity.yaml").write_text("{")
+    held = RunFolder(busy, None)
+    job(OmegaConf.create({**asdict(RunsRoot()), "outputs": str(tmp_path), "clean": True, "confirm": True}))
+    held.close()
+    assert busy.exists()
+    assert not damaged.exists() and not begun.exists()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Another process is working" in printed
+    assert f"removed {busy}" not in printed and f"removed {begun}" in printed
+
+
+@pytest.mark.parametrize(
+    ("where", "fits"),
+    [
+        ("dataset.train=train[:64]", True), ("dataset.train=train[:6]", False), ("lr=5e-4", True), ("lr=0.0005", True),
+        ("sync=true", True), ("sync=false", False), ("decay=null", True), ("epochs=60", True), ("epochs=6", False),
+        ("epochs=6*", True),
+    ],
+)  # fmt: skip
+def test_values_are_compared_as_values(tmp_path, where, fits):
+    run = make_run(tmp_path / "a" / "b")
+    text = "dataset: {train: 'train[:64]'}\nlr: 0.0005\nsync: true\ndecay: null\nepochs: 60\n"
+    (run / "config.yaml").write_text(text)
+    assert bool(found(tmp_path, condition_of(where))) is fits
 
 
 def test_two_runs_are_compared_or_it_is_said_that_there_are_not_two(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -24,6 +25,41 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_are_as_readable_as_the_user_wants_files_to_be(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "λ")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "a.txt").read_bytes() == "λ".encode()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "3"])
+def test_an_identity_that_is_no_mapping_is_named(tmp_path, text):
+    (tmp_path / "identity.yaml").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        RunFolder(tmp_path, {"seed": 0})
+
+
+def test_a_new_file_of_the_package_makes_the_checkout_dirty(tmp_path, monkeypatch):
+    (tmp_path / "robustflat").mkdir()
+    package = tmp_path / "robustflat" / "__init__.py"
+    package.write_text("")
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    monkeypatch.setattr("robustflat.__file__", str(package))
+    found = [provenance([])["dirty"]]
+    (tmp_path / "notes.txt").write_text("nothing that is run")
+    found.append(provenance([])["dirty"])
+    for text in ("one", "two"):
+        (tmp_path / "robustflat" / "mine.py").write_text(text)
+        found.append(provenance([])["dirty"])
+    assert found[:2] == [None, None]
+    assert len(set(found)) == 3
 
 
 def test_json_has_no_nan_and_a_damaged_file_counts_as_absent(tmp_path):

@@ -54,6 +54,18 @@ def test_a_resumed_training_adds_and_a_new_one_begins_anew(tmp_path):
         assert read_ledger(tmp_path / "ledger.json")["training"]["forwards"] == expected
 
 
+@pytest.mark.parametrize(("status", "expected"), [("stopped", 17), ("interrupted", 10), ("failed", 10), ("done", 10)])
+def test_what_a_stopped_training_saved_in_the_middle_of_an_epoch_counts(tmp_path, status, expected):
+    meter = Meter()
+    ledger = LedgerLogger(tmp_path / "ledger.json", meter)
+    ledger.rewind(0)
+    meter.add(10, 1, 1)
+    ledger.log({"epoch": 1}, step=10)
+    meter.add(7, 1, 1)  # of epoch 2
+    ledger.finish(status)
+    assert read_ledger(tmp_path / "ledger.json")["training"]["forwards"] == expected
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"training": 3}', '{"training": {"forwards": "many"}}'])
 def test_a_damaged_book_is_empty(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)

@@ -173,3 +173,12 @@ def test_real_offline_run_writes_files_and_needs_nothing(monkeypatch, tmp_path):
     logger.summary({"final": 2.0})
     logger.finish("done")
     assert list(tmp_path.glob("wandb/offline-run-*-abc/run-abc.wandb"))
+
+
+@pytest.mark.slow
+def test_a_run_never_logs_into_one_before_it_that_was_not_closed(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    WandbLogger(mode="offline", folder=tmp_path / "a", run_id="first")  # failed before training: nobody closes it
+    second = WandbLogger(mode="offline", folder=tmp_path / "b", run_id="second")
+    second.finish("done")
+    assert list((tmp_path / "b").glob("wandb/offline-run-*-second/run-second.wandb"))
