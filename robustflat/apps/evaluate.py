@@ -21,6 +21,7 @@ from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
 from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
+from robustflat.apps.data_source import below, source_of
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import (
@@ -137,7 +138,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             settings=resolved(config),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix=data_prefix(config, stored, dataset.name),
             parts=parts,
         )
         console.print(dataset.describe(), markup=False)
@@ -216,15 +217,29 @@ def _given_or_stored(given: Any, stored: Any) -> Any:
 
 
 def same_data(one: DictConfig, other: DictConfig) -> bool:
-    """Whether two data sets have the same source, wherever its files lie."""
-    sources = [{k: v for k, v in node.source.items() if k not in ("root", "download")} for node in (one, other)]
-    return sources[0] == sources[1]
+    """Whether two configurations have the same source of images, wherever its files lie."""
+    return source_of(resolved(one)) == source_of(resolved(other))
+
+
+def data_prefix(config: DictConfig, stored: DictConfig | None, name: str) -> str:
+    """What stands before a split in the store: nothing for the run's own data, else what tells the data apart.
+
+    Args:
+        config: of the evaluation.
+        stored: of the run; `None` for a checkpoint from elsewhere, whose folder is for one data set alone.
+        name: of the data set; if settings decide what is in it (arrays, image_folder, synthetic), their digest follows.
+    """
+    if stored is None or same_data(config, stored):
+        return ""
+    source = source_of(resolved(config))
+    return f"{name} " if source.keys() <= {"_target_"} else f"{name}-{digest(source)} "
 
 
 def _move_data(dataset: DictConfig, old: str, new: str) -> None:
     for node in (dataset.get("source"), dataset.get("extra")):
-        if node is not None and str(node.get("root")) == old:
-            node.root = new
+        root = None if node is None else node.get("root")
+        if root is not None and Path(str(root)).is_relative_to(old):
+            node.root = str(Path(new) / below(Path(str(root)), Path(old)))
 
 
 def require_sound(config: DictConfig) -> None:

@@ -23,14 +23,15 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import NetworkRoot, Root, _training_norm, digest, resolved
+from robustflat.apps.data_source import source_of
 from robustflat.apps.evaluate import (
     FACTS,
     RESULTS,
     _given_or_stored,
     _move_data,
+    data_prefix,
     network,
     open_folder,
-    same_data,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -143,7 +144,7 @@ class Workplace:
         Returns:
             The name of the result in the store.
         """
-        source = {k: v for k, v in resolved(self.config)["dataset"]["source"].items() if k not in ("root", "download")}
+        source = source_of(resolved(self.config))
         settings = {**decisive, "seed": self.seed, "batch_size": int(self.config.batch_size)}
         split = str(self.config.examples)
         key = digest({"weights": weights, "split": split, "source": source, "kind": kind, "settings": settings})
@@ -272,7 +273,7 @@ def opened(
             store=ResultStore(folder.path / RESULTS),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
+            prefix=data_prefix(config, stored, dataset.name),
         )
 
 
