@@ -20,7 +20,7 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
-from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _safe_name, decisive, differences, digest, resolved
 from robustflat.apps.data_source import below, source_of
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
@@ -186,8 +186,8 @@ def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
     """
     config.attack = None
     if stored is not None:
-        for group in ("dataset", "model"):
-            config[group] = _given_or_stored(config[group], stored[group])
+        config.dataset = _given_or_stored(config.dataset, stored.dataset)
+        config.model = own_model(config.model, stored.model)
         config.attack = stored.get("attack")
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
@@ -214,6 +214,24 @@ def _given_or_stored(given: Any, stored: Any) -> Any:
     if given is None:
         return stored
     return given if "_target_" in given else OmegaConf.merge(stored, given)
+
+
+def own_model(given: Any, stored: Any) -> Any:
+    """The network of a run.
+
+    Raises:
+        UserError: if the command gives another: results of the run would not tell the two apart.
+    """
+    if given is None:
+        return stored
+    model = _given_or_stored(given, stored)
+    there, here = (decisive(resolved(node)) for node in (stored, model))
+    if digest(there) != digest(here):
+        raise UserError(
+            f"The run has another network: model.{'; model.'.join(differences(there, here))}. Leave model out, or take "
+            "its weights as a network from elsewhere: checkpoint=<run>/checkpoints/last.pt model=... dataset=..."
+        )
+    return model
 
 
 def same_data(one: DictConfig, other: DictConfig) -> bool:

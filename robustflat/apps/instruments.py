@@ -32,6 +32,7 @@ from robustflat.apps.evaluate import (
     data_prefix,
     network,
     open_folder,
+    own_model,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -280,8 +281,8 @@ def opened(
 def complete(config: DictConfig, stored: DictConfig | None) -> None:
     """Fill in what the command leaves to the run, in place: data, network, seed, and the norm of its threat model."""
     if stored is not None:
-        for group in ("dataset", "model"):
-            config[group] = _given_or_stored(config[group], stored[group])
+        config.dataset = _given_or_stored(config.dataset, stored.dataset)
+        config.model = own_model(config.model, stored.model)
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
     threat = config.evaluation

@@ -174,6 +174,7 @@ MISTAKES = {
     "an unknown measure": ("measure", ["only=[samm]"], ["only=", "sam"]),
     "a barrier without other": ("measure", ["measure=interpolation_barrier"], ["other=<run or file>"]),
     "curvature of the robust loss": ("measure", ["measure=fisher_rao", "loss=robust"], ["not defined on the robust"]),
+    "another network": ("hessian", ["+model.activation=silu"], ["relu there, silu here"]),
     "nothing to scale": ("rescale", ["factors=[]"], ["nothing to scale"]),
     "a negative factor": ("rescale", ["factors=[-1]"], ["factors must lie in"]),
     "an unknown transformation": ("audit", ["transformations=[rotate]"], ["transformation must be one of"]),
