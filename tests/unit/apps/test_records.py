@@ -11,6 +11,7 @@ import pytest
 
 from robustflat.apps.cards import card_of, card_schema, write_card
 from robustflat.apps.records import NOTE, failed_record, headline, read_record, read_records, warnings_of
+from robustflat.apps.report import folders_of
 from robustflat.apps.runs import comparison, condition_of, found, remove, sorted_by
 from robustflat.errors import UserError
 from robustflat.store.results import KEY, ResultStore
@@ -271,3 +272,18 @@ def test_a_landscape_that_says_in_words_what_its_images_are_does_not_spoil_the_l
     ledger = read_record(folder).ledger.set_index("phase")
     assert ledger.loc["last/test[:4]/landscape/random", "seconds"] == 2.0
     assert math.isnan(ledger.loc["last/test[:4]/landscape/random", "images"])
+
+
+def test_flatness_of_one_draw_which_has_no_standard_error_is_read(tmp_path):
+    folder = make_run(tmp_path / "outputs" / "digits-at" / "aaaaaaaa", results=False)
+    flat = {"value": -0.5, "standard_error": None, "reduction": "mean", "split": "test[:4]", "examples": 4}
+    results = {"abc": {"weights": {"model": {"flatness": flat}}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    record = read_record(folder)
+    assert record.table["value"].tolist() == [-0.5] and record.warnings == ()
+
+
+@pytest.mark.parametrize("runs", [5, ["nowhere", 5], "nowhere"])
+def test_runs_that_are_not_there_are_named(runs):
+    with pytest.raises(UserError, match="There is no folder"):
+        folders_of(runs)
