@@ -67,8 +67,10 @@ def test_hessian_stores_what_it_prints_and_measures_nothing_twice(robustflat, ru
         assert (run / f"hessian_density.{ending}").stat().st_size > 1000
     vectors = ResultStore(run / "hessian_vectors.h5").read("last/test[:16]/clean").arrays["top"]
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+    (run / "hessian_vectors.h5").unlink()
     before = (run / "results.h5").read_bytes()
     again = robustflat("hessian", *arguments, *more)
+    assert np.array_equal(ResultStore(run / "hessian_vectors.h5").read("last/test[:16]/clean").arrays["top"], vectors)
     assert again.code == 0 and (run / "results.h5").read_bytes() == before
     rows = {row["metric"] for row in rows_of_run(run) if row["kind"] == "hessian"}
     assert rows == {"lambda_max", "lambda_min", "non_convexity", "trace", "frobenius"}
@@ -80,11 +82,13 @@ def test_hessian_of_all_snapshots_and_of_the_released_codes_reduction(robustflat
     assert answer.code == 0, answer.err
     store = ResultStore(run / "results.h5")
     assert {name.split("/")[0] for name in store.names()} == {"epoch_0001", "last"}
-    summed = robustflat("hessian", f"run={run}", *FEW, *options, "hessian.reduction=sum_over_batches")
+    summed = robustflat("hessian", f"run={run}", *FEW, *options, "hessian.reduction=sum_over_batches", "vectors=true")
     assert summed.code == 0 and "sum_over_batches" in summed.out
     values = {name: float(store.read(name).arrays["top"][0]) for name in store.names() if name.startswith("last")}
     plain = values.pop("last/test[:16]/hessian/clean")
     assert list(values.values()) == pytest.approx([2 * plain], rel=1e-3)
+    (kept,) = ResultStore(run / "hessian_vectors.h5").names()
+    assert kept.startswith("last/test[:16]/clean~")  # not where the vectors of the mean would be
 
 
 def test_measure_prints_value_error_cost_and_source(robustflat, run):
