@@ -152,8 +152,12 @@ def test_audit_reports_what_moves(robustflat, run):
         assert text in answer.out
     table = pd.read_csv(run / "audit_last_clean.csv")
     assert set(table.verdict) <= {"as expected", "did not move"}
+    assert "Foret et al., ICLR 2021" in set(table.source)
+    other = robustflat("audit", f"run={run}", *FEW, "only=[sam]", "transformations=[batch_norm_scaling]", "factor=4")
+    assert other.code == 0 and len(pd.read_csv(run / "audit_last_clean.csv")) == 1
     again = robustflat("audit", f"run={run}", *FEW, "only=[sam,adaptive_average,fisher_rao,weight_norm]")
     assert again.out == answer.out
+    pd.testing.assert_frame_equal(pd.read_csv(run / "audit_last_clean.csv"), table)
 
 
 def test_a_network_from_elsewhere_gives_what_its_run_does(robustflat, run, tmp_path):
