@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -120,6 +121,16 @@ def test_a_single_measure_and_a_barrier_between_runs(robustflat, run):
     assert stored["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_barrier_to_other_weights_under_the_same_name_is_measured_anew(robustflat, run, tmp_path):
+    ends = []
+    for name in ("epoch_0001", "last"):
+        shutil.copy(run / "checkpoints" / f"{name}.pt", tmp_path / "other.pt")
+        assert robustflat("measure", f"run={run}", *FEW, "measure=interpolation_barrier", "other=other.pt").code == 0
+        store = ResultStore(run / "results.h5")
+        ends.append([json.loads(store.attributes(name)["details"])["other_loss"] for name in store.names()])
+    assert len(ends[1]) == 2 and len(set(ends[1])) == 2
+
+
 def test_rescale_gives_the_papers_table(robustflat, run):
     answer = robustflat("rescale", f"run={run}", *FEW, *SMALL_EVALUATION, "save=true", "hessian.bottom=0")
     assert answer.code == 0, answer.err
@@ -183,6 +194,8 @@ MISTAKES = {
     "a barrier without other": ("measure", ["measure=interpolation_barrier"], ["other=<run or file>"]),
     "curvature of the robust loss": ("measure", ["measure=fisher_rao", "loss=robust"], ["not defined on the robust"]),
     "another network": ("hessian", ["+model.activation=silu"], ["relu there, silu here"]),
+    "a misspelt attack to rescale": ("rescale", ["only=[pgdd20]"], ["only=", "pgd20"]),
+    "early stopping of scaled networks": ("rescale", ["evaluation=study_early_stopped"], ["chooses no snapshot"]),
     "nothing to scale": ("rescale", ["factors=[]"], ["nothing to scale"]),
     "a negative factor": ("rescale", ["factors=[-1]"], ["factors must lie in"]),
     "an unknown transformation": ("audit", ["transformations=[rotate]"], ["transformation must be one of"]),
