@@ -118,7 +118,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     OmegaConf.set_struct(config, False)
     run = _run_folder(config)
     stored = None if run is None else stored_config(run)
-    origin = _describe_network(config) if run is None else {}
+    origin = describe_network(config) if run is None else {}
     complete(config, stored, choices)
     require_sound(config)
     config.device = config.dataset.device = own_device(choose_device(config.device))
@@ -341,7 +341,7 @@ def _files(config: DictConfig, run: Path | None, plan: EvaluationPlan) -> list[N
     return choose(run, str(which if which is not None else "last"), config.part)
 
 
-def _describe_network(config: DictConfig) -> dict[str, Any]:
+def describe_network(config: DictConfig) -> dict[str, Any]:
     """Take the network from a checkpoint that says which one it holds, unless the command does; what else it says."""
     if config.model is not None and "_target_" in config.model:
         return {}

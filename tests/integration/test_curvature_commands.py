@@ -183,6 +183,16 @@ def test_a_network_from_elsewhere_gives_what_its_run_does(robustflat, run, tmp_p
     assert one.arrays["top"].tolist() == pytest.approx(two.arrays["top"].tolist(), rel=1e-4)
 
 
+def test_a_checkpoint_that_says_which_network_it_holds_needs_no_model(robustflat, run, tmp_path):
+    shutil.copy(run / "checkpoints" / "last.pt", tmp_path / "net.pt")
+    options = ("hessian.trace_products=0", "hessian.bottom=0", "hessian.top=1")
+    answer = robustflat("hessian", "checkpoint=net.pt", "dataset=digits", *FEW, *options)
+    assert answer.code == 0, answer.err
+    drawn = ("landscape=clean", "landscape.trials=1", "landscape.points=3", "examples='test[:16]'", "device=cpu")
+    answer = robustflat("landscape", "checkpoint=net.pt", "dataset=digits", *drawn)
+    assert answer.code == 0, answer.err
+
+
 MISTAKES = {
     "no network": ("hessian", ["run=null"], ["run=<folder or id>", "checkpoint=<file>"]),
     "an unknown run": ("measure", ["run=nonsense"], ["There is no run 'nonsense'"]),
