@@ -22,7 +22,6 @@ import robustflat
 from robustflat.apps.collect import Origin, rows_of
 from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
-from robustflat.apps.data_source import source_of
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
 from robustflat.apps.profiling import Parts
 from robustflat.apps.shared_reference import shared_reference
@@ -106,7 +105,8 @@ class Bench:
 
     def key(self, piece: Piece, weights: str) -> str:
         """Digest of all that decides the values of a piece: weights, examples, settings, seed."""
-        where = {"weights": weights, "split": piece.split, "role": piece.role, "source": source_of(self.settings)}
+        source = {k: v for k, v in self.settings["dataset"]["source"].items() if k not in ("root", "download")}
+        where = {"weights": weights, "split": piece.split, "role": piece.role, "source": source}
         return digest({**where, "kind": piece.kind, "settings": self.decisive(piece)})
 
     def decisive(self, piece: Piece) -> dict[str, Any]:

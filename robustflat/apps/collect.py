@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ def rows_of_run(run: Path) -> list[Row]:
     if not (run / RESULTS).is_file():
         raise DataError(f"{run} has no {RESULTS}: evaluate it first, python evaluate.py run={run}")
     rows = rows_of(ResultStore(run / RESULTS), origin_of(run))
+    # Where a number was measured on more and on fewer examples, that of the most comes last, which counts in reports.
+    rows.sort(key=lambda row: (str(row["checkpoint"]), row["count"] or 0))
     return [{key: value for key, value in row.items() if key != "role"} for row in rows]
 
 
@@ -65,36 +67,18 @@ def rows_of(store: ResultStore, origin: Origin, *, names: Sequence[str] | None =
         DataError: if the file is damaged, or arrays do not have the shapes that they should.
     """
     rows: list[Row] = []
+    by_role: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for name in store.names() if names is None else names:
-        stored = store.read(name)
-        rows += [_placed(row, stored, origin) for row in _rows_of_result(store, name, stored)]
-    rows += [gap for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows) for gap in _gaps(rows, checkpoint)]
-    # Where a number was measured on more and on fewer examples, that of the most is the last, which counts.
-    return rows if names is not None else sorted(rows, key=lambda row: (str(row["checkpoint"]), row["count"] or 0))
-
-
-def _gaps(rows: Sequence[Row], checkpoint: str) -> Iterator[Row]:
-    """Test minus train: each set of test examples with the training examples of the same data and the same slice, or,
-    if there are none, with the most training examples.
-    """
-    sets: dict[str, dict[str, list[Row]]] = {"test": defaultdict(list), "train": defaultdict(list)}
-    for row in rows:
-        if row["checkpoint"] == checkpoint and row["role"] in sets and row["count"] is not None:
-            sets[row["role"]][row["split"]].append(row)
-    for split, test in sets["test"].items():
-        data, piece = _data_and_slice(split)
-        there = {text: train for text, train in sets["train"].items() if _data_and_slice(text)[0] == data}
-        same = [train for text, train in there.items() if _data_and_slice(text)[1] == piece]
-        train = max(same or there.values(), key=lambda made: int(made[0]["count"]), default=[])
+        checkpoint, stored = name.split("/")[0], store.read(name)
+        made = [_placed(row, stored, origin) for row in _rows_of_result(store, name, stored)]
+        rows += made
+        by_role[checkpoint, str(stored.attrs.get("role"))] += made
+    for checkpoint in dict.fromkeys(checkpoint for checkpoint, _ in by_role):
+        test, train = by_role[checkpoint, "test"], by_role[checkpoint, "train"]
         for row in gap_rows(test, train):
             like = next(r for r in test if (r["kind"], r["measure"]) == (row["kind"], row["measure"]))
-            yield {**like, **row, "split": "test - train", "role": "gap", "key": ""}
-
-
-def _data_and_slice(split: str) -> tuple[str, str]:
-    """("cifar100", "[:1000]") of "cifar100 test[:1000]"; the run's own data have no name."""
-    words, _, rest = split.partition("[")
-    return words.rpartition(" ")[0], rest
+            rows.append({**like, **row, "split": "test - train", "role": "gap", "key": ""})
+    return rows
 
 
 def _rows_of_result(store: ResultStore, name: str, stored: Stored) -> list[Row]:

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import robustflat
-from robustflat.apps.data_source import source_of
 
 NOT_IDENTITY = (
     "hydra", "logger", "device", "threads", "evaluation", "flatness", "outputs", "data_root", "name",
@@ -135,11 +134,8 @@ def _safe_name(text: str) -> str:
 def identity(config: DictConfig) -> dict[str, Any]:
     """The part of the configuration that decides a run's result, as plain values with interpolations resolved."""
     container = resolved(config)
-    source = source_of(container)
     for key in NOT_IDENTITY:
         _remove(container, key.split("."))
-    if "root" in source:
-        container["dataset"]["source"]["root"] = source["root"]  # of a folder of images, which has no other name
     if (container.get("trainer") or {}).get(
         "sync_batch_norm"
     ) is True:  # then a run is the same on any number of processes

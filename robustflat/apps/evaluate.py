@@ -21,7 +21,6 @@ from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
 from robustflat.apps.config import NetworkRoot, Root, _safe_name, decisive, differences, digest, resolved
-from robustflat.apps.data_source import below, source_of
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import (
@@ -143,7 +142,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             settings=resolved(config),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix=data_prefix(config, stored, dataset.name),
+            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
             parts=parts,
         )
         console.print(dataset.describe(), markup=False)
@@ -176,6 +175,7 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
             place[str(choices.get(group, group)).replace("/", "_")] = node
     config.flatness = None
     take_from_run(config, stored)
+    require_own_model(config, stored)
     wants = not singles and not evaluation.measures and evaluation.get("flatness")
     if wants and stored is not None and stored.get("flatness"):
         evaluation.measures = {_measure_name(stored.flatness): stored.flatness}
@@ -191,8 +191,8 @@ def take_from_run(config: DictConfig, stored: DictConfig | None) -> None:
     """
     config.attack = None
     if stored is not None:
-        config.dataset = _given_or_stored(config.dataset, stored.dataset)
-        config.model = own_model(config.model, stored.model)
+        for group in ("dataset", "model"):
+            config[group] = _given_or_stored(config[group], stored[group])
         config.attack = stored.get("attack")
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
@@ -221,48 +221,16 @@ def _given_or_stored(given: Any, stored: Any) -> Any:
     return given if "_target_" in given else OmegaConf.merge(stored, given)
 
 
-def own_model(given: Any, stored: Any) -> Any:
-    """The network of a run.
-
-    Raises:
-        UserError: if the command gives another: results of the run would not tell the two apart.
-    """
-    if given is None:
-        return stored
-    model = _given_or_stored(given, stored)
-    there, here = (decisive(resolved(node)) for node in (stored, model))
-    if digest(there) != digest(here):
-        raise UserError(
-            f"The run has another network: model.{'; model.'.join(differences(there, here))}. Leave model out, or take "
-            "its weights as a network from elsewhere: checkpoint=<run>/checkpoints/last.pt model=... dataset=..."
-        )
-    return model
-
-
 def same_data(one: DictConfig, other: DictConfig) -> bool:
-    """Whether two configurations have the same source of images, wherever its files lie."""
-    return source_of(resolved(one)) == source_of(resolved(other))
-
-
-def data_prefix(config: DictConfig, stored: DictConfig | None, name: str) -> str:
-    """What stands before a split in the store: nothing for the run's own data, else what tells the data apart.
-
-    Args:
-        config: of the evaluation.
-        stored: of the run; `None` for a checkpoint from elsewhere, whose folder is for one data set alone.
-        name: of the data set; if settings decide what is in it (arrays, image_folder, synthetic), their digest follows.
-    """
-    if stored is None or same_data(config, stored):
-        return ""
-    source = source_of(resolved(config))
-    return f"{name} " if source.keys() <= {"_target_"} else f"{name}-{digest(source)} "
+    """Whether two data sets have the same source, wherever its files lie."""
+    sources = [{k: v for k, v in node.source.items() if k not in ("root", "download")} for node in (one, other)]
+    return sources[0] == sources[1]
 
 
 def _move_data(dataset: DictConfig, old: str, new: str) -> None:
     for node in (dataset.get("source"), dataset.get("extra")):
-        root = None if node is None else node.get("root")
-        if root is not None and Path(str(root)).is_relative_to(old):
-            node.root = str(Path(new) / below(Path(str(root)), Path(old)))
+        if node is not None and str(node.get("root")) == old:
+            node.root = new
 
 
 def require_sound(config: DictConfig) -> None:
@@ -298,6 +266,26 @@ def require_examples(plan: EvaluationPlan, dataset: Dataset) -> None:
                 dataset.split(text)
         except UserError as error:
             raise UserError(f"evaluation.{key}: {error}") from error
+
+
+def require_own_model(config: DictConfig, stored: DictConfig | None) -> None:
+    """Refuse to take the weights of a run into another network: its results would not tell the two apart.
+
+    Args:
+        config: completed.
+        stored: configuration of the run; `None` for a checkpoint from elsewhere.
+
+    Raises:
+        UserError: with what differs.
+    """
+    if stored is None or not (OmegaConf.is_dict(stored.model) and OmegaConf.is_dict(config.model)):
+        return
+    there, here = (decisive(resolved(node)) for node in (stored.model, config.model))
+    if digest(there) != digest(here):
+        raise UserError(
+            f"The run has another network: model.{'; model.'.join(differences(there, here))}. Leave model out, or take "
+            "its weights as a network from elsewhere: checkpoint=<run>/checkpoints/last.pt model=... dataset=..."
+        )
 
 
 def network(config: DictConfig, file: NetworkFile) -> tuple[nn.Module, str]:

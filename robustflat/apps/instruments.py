@@ -23,17 +23,16 @@ import robustflat
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import NetworkRoot, Root, _training_norm, digest, resolved
-from robustflat.apps.data_source import source_of
 from robustflat.apps.evaluate import (
     FACTS,
     RESULTS,
     _given_or_stored,
     _move_data,
-    data_prefix,
     describe_network,
     network,
     open_folder,
-    own_model,
+    require_own_model,
+    same_data,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -146,7 +145,7 @@ class Workplace:
         Returns:
             The name of the result in the store.
         """
-        source = source_of(resolved(self.config))
+        source = {k: v for k, v in resolved(self.config)["dataset"]["source"].items() if k not in ("root", "download")}
         settings = {**decisive, "seed": self.seed, "batch_size": int(self.config.batch_size)}
         split = str(self.config.examples)
         key = digest({"weights": weights, "split": split, "source": source, "kind": kind, "settings": settings})
@@ -253,6 +252,7 @@ def opened(
     stored = None if run is None else stored_config(run)
     origin = describe_network(config) if run is None else {}
     complete(config, stored)
+    require_own_model(config, stored)
     check_own(config)
     require_sound(config, root)
     config.device = config.dataset.device = choose_device(config.device)
@@ -276,15 +276,15 @@ def opened(
             store=ResultStore(folder.path / RESULTS),
             console=console,
             facts={name: facts[name] for name in FACTS},
-            prefix=data_prefix(config, stored, dataset.name),
+            prefix="" if stored is None or same_data(config.dataset, stored.dataset) else f"{dataset.name} ",
         )
 
 
 def complete(config: DictConfig, stored: DictConfig | None) -> None:
     """Fill in what the command leaves to the run, in place: data, network, seed, and the norm of its threat model."""
     if stored is not None:
-        config.dataset = _given_or_stored(config.dataset, stored.dataset)
-        config.model = own_model(config.model, stored.model)
+        for group in ("dataset", "model"):
+            config[group] = _given_or_stored(config[group], stored[group])
         if config.data_root is not None:
             _move_data(config.dataset, str(stored.get("data_root")), config.data_root)
     threat = config.evaluation

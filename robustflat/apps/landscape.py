@@ -20,8 +20,7 @@ from robustflat.apps.bench import forget_other_weights
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check
 from robustflat.apps.config import Root, digest, resolved
-from robustflat.apps.data_source import source_of
-from robustflat.apps.evaluate import FACTS, RESULTS, data_prefix, network, open_folder, same_data
+from robustflat.apps.evaluate import FACTS, RESULTS, network, open_folder, same_data
 from robustflat.apps.landscape_networks import Shown, shown_networks
 from robustflat.apps.landscape_summary import picture_path, print_landscapes, stored_landscape, to_store
 from robustflat.apps.messages import complain
@@ -293,7 +292,7 @@ def require_sound(shown: Sequence[Shown]) -> None:
     if len(shown) > len(COLOURS):
         raise UserError(f"A picture shows at most {len(COLOURS)} networks, got {len(shown)}.")
     for one in shown[1:]:
-        if not same_data(first, one.config):
+        if not same_data(first.dataset, one.config.dataset):
             raise UserError(
                 f"{shown[0].label} and {one.label} were trained on different data, so their curves would not be "
                 f"comparable: give dataset=<choice> to measure all on one."
@@ -311,19 +310,21 @@ def _examples(dataset: Dataset, config: DictConfig) -> Batch:
 def _key(survey: Survey, weights: str, target: str) -> str:
     """Digest of all that decides the values."""
     config, values = survey.config, survey.values
-    decisive = {"weights": weights, "source": source_of(values), "examples": config.examples, "kind": config.kind}
+    source = {k: v for k, v in values["dataset"]["source"].items() if k not in ("root", "download", "cache")}
+    decisive = {"weights": weights, "source": source, "examples": config.examples, "kind": config.kind}
     decisive |= {"landscape": values["landscape"], "batch_size": config.batch_size}
     if config.kind == "path":
         decisive |= {"target": target, "batch_norm": config.batch_norm}
-    directions = survey.measure.directions
-    if isinstance(directions, StoredDirections) and config.kind != "path":
-        decisive["directions"] = directions.digest()
+    source_of = survey.measure.directions
+    if isinstance(source_of, StoredDirections) and config.kind != "path":
+        decisive["directions"] = source_of.digest()
     return digest(decisive)
 
 
 def _split(survey: Survey, one: Shown) -> str:
     """Name of the examples in the store: data other than the run's own carry their name."""
-    return f"{data_prefix(survey.config, one.stored, survey.data)}{survey.config.examples}"
+    own = one.stored is None or same_data(survey.config.dataset, one.stored.dataset)
+    return survey.config.examples if own else f"{survey.data} {survey.config.examples}"
 
 
 def _place(survey: Survey, store: ResultStore, one: Shown, end: Shown | None, key: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,7 @@ def warnings_of(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row["metric"] in ("robust_loss", "loss", "flatness") and row["value"] != row["value"]:
             yield f"{row['checkpoint']}, {row['split']}: {row['metric']} by {row['measure']} is not a number."
-        error = math.nan if row.get("stderr") is None else row["stderr"]  # one draw has none
-        if row["metric"] == "flatness" and row["measure"].startswith("average") and row["value"] < -2 * error:
+        if row["metric"] == "flatness" and row["measure"].startswith("average") and row["value"] < -2 * row["stderr"]:
             yield (
                 f"{row['checkpoint']}, {row['split']}: {row['measure']} is negative ({row['value']:.3f}): "
                 "the attack at the weights themselves may be too weak."

@@ -17,7 +17,6 @@ from robustflat.apps.build import choose_device
 from robustflat.apps.check import check
 from robustflat.apps.collect import RESULTS
 from robustflat.apps.config import digest, resolved, run_id, run_name
-from robustflat.apps.data_source import source_of
 from robustflat.apps.evaluate import complete, require_sound
 from robustflat.apps.messages import user_error_in
 from robustflat.apps.rules import check_together
@@ -220,8 +219,9 @@ def pass_key(made: DictConfig, *, seed: int) -> str:
     """
     values = {**resolved(made), "seed": seed}
     kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE}
-    dataset = {key: value for key, value in (kept.get("dataset") or {}).items() if key != "device"}
-    kept["dataset"] = {**dataset, "source": source_of(values)}
+    dataset = dict(kept.get("dataset") or {})
+    source = {k: v for k, v in dict(dataset.get("source") or {}).items() if k not in ("root", "download", "cache")}
+    kept["dataset"] = {**{k: v for k, v in dataset.items() if k != "device"}, "source": source}
     return digest(kept)
 
 

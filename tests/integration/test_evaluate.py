@@ -16,7 +16,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from robustflat.apps import bench
 from robustflat.apps.collect import rows_of_run
@@ -184,43 +183,6 @@ def test_the_evaluation_of_training_is_found_again_by_its_settings(evaluate, run
     store = ResultStore(run / "results.h5")
     value = trained["weights"]["model"]["flatness"]["value"]
     assert store.attributes("last/test[:32]/flatness/average")["value"] == pytest.approx(value, abs=1e-6)
-
-
-OTHER = ("dataset=synthetic", "dataset.channels=1", "dataset.source.size=8", "dataset.mean=[0.5]", "dataset.std=[0.25]")
-
-
-def test_data_of_one_name_and_other_settings_do_not_mix(evaluate, run):
-    """The labels and clean logits of one set of images must not stand beside the attacks on another."""
-    some = ("device=cpu", "attack=pgd7", *OTHER, "evaluation.test='test[:20]'", "evaluation.train=null")
-
-    def figures(seed: int) -> list[str]:
-        answer = evaluate(f"run={run}", *some, f"dataset.source.seed={seed}")
-        assert answer.code == 0, answer.err
-        return [line for line in answer.out.splitlines() if line.startswith(("clean", "RErr", "RLoss"))]
-
-    first, second = figures(0), figures(1)
-    assert first != second
-    assert figures(0) == first
-    names = ResultStore(run / "results.h5").names()
-    assert len({name.split("/")[1] for name in names}) == 2 and not any("~" in name for name in names)
-
-
-def test_another_folder_of_images_is_measured_anew(evaluate, run, tmp_path):
-    pixels = torch.Generator().manual_seed(0)
-    for folder in ("one", "two"):
-        for label in range(10):
-            (tmp_path / folder / "test" / str(label)).mkdir(parents=True)
-            (tmp_path / folder / "train" / str(label)).mkdir(parents=True)
-            for split in ("test", "train"):
-                array = torch.randint(256, (8, 8), generator=pixels).numpy().astype(np.uint8)
-                Image.fromarray(array).save(tmp_path / folder / split / str(label) / "0.png")
-    data = ("dataset=image_folder", "+dataset.source.channels=1", *OTHER[1:], "evaluation.train=null")
-    for folder in ("one", "two"):
-        answer = evaluate(f"run={run}", "device=cpu", *data, "attack=pgd7", f"dataset.source.root={tmp_path / folder}")
-        assert answer.code == 0, answer.err
-    store = ResultStore(run / "results.h5")
-    clean = [store.read(name).arrays["logits"] for name in store.names() if name.endswith("/clean")]
-    assert len(clean) == 2 and not np.array_equal(clean[0], clean[1])
 
 
 def test_every_snapshot_and_the_average(evaluate, run):
