@@ -20,7 +20,7 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network, select_snapshot
 from robustflat.apps.build import build, choose_device
 from robustflat.apps.check import check, refuse
-from robustflat.apps.config import NetworkRoot, Root, _safe_name, decisive, differences, digest, resolved
+from robustflat.apps.config import NetworkRoot, Root, _safe_name, digest, resolved
 from robustflat.apps.evaluation_summary import print_evaluation
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import (
@@ -175,7 +175,6 @@ def complete(config: DictConfig, stored: DictConfig | None, choices: dict[str, A
             place[str(choices.get(group, group)).replace("/", "_")] = node
     config.flatness = None
     take_from_run(config, stored)
-    require_own_model(config, stored)
     wants = not singles and not evaluation.measures and evaluation.get("flatness")
     if wants and stored is not None and stored.get("flatness"):
         evaluation.measures = {_measure_name(stored.flatness): stored.flatness}
@@ -266,26 +265,6 @@ def require_examples(plan: EvaluationPlan, dataset: Dataset) -> None:
                 dataset.split(text)
         except UserError as error:
             raise UserError(f"evaluation.{key}: {error}") from error
-
-
-def require_own_model(config: DictConfig, stored: DictConfig | None) -> None:
-    """Refuse to take the weights of a run into another network: its results would not tell the two apart.
-
-    Args:
-        config: completed.
-        stored: configuration of the run; `None` for a checkpoint from elsewhere.
-
-    Raises:
-        UserError: with what differs.
-    """
-    if stored is None or not (OmegaConf.is_dict(stored.model) and OmegaConf.is_dict(config.model)):
-        return
-    there, here = (decisive(resolved(node)) for node in (stored.model, config.model))
-    if digest(there) != digest(here):
-        raise UserError(
-            f"The run has another network: model.{'; model.'.join(differences(there, here))}. Leave model out, or take "
-            "its weights as a network from elsewhere: checkpoint=<run>/checkpoints/last.pt model=... dataset=..."
-        )
 
 
 def network(config: DictConfig, file: NetworkFile) -> tuple[nn.Module, str]:

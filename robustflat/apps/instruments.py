@@ -31,7 +31,6 @@ from robustflat.apps.evaluate import (
     describe_network,
     network,
     open_folder,
-    require_own_model,
     same_data,
 )
 from robustflat.apps.messages import complain
@@ -252,7 +251,6 @@ def opened(
     stored = None if run is None else stored_config(run)
     origin = describe_network(config) if run is None else {}
     complete(config, stored)
-    require_own_model(config, stored)
     check_own(config)
     require_sound(config, root)
     config.device = config.dataset.device = choose_device(config.device)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustflat.apps.evaluate import describe_network, require_own_model, take_from_run
+from robustflat.apps.evaluate import describe_network, take_from_run
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
 from robustflat.errors import UserError, require_one_of
 
@@ -89,7 +89,6 @@ def _completed(config: DictConfig, stored: DictConfig | None) -> DictConfig:
     if mine.to is not None:
         mine.kind = "path"
     take_from_run(mine, stored)
-    require_own_model(mine, stored)
     return mine
 
 

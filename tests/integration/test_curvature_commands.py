@@ -203,7 +203,6 @@ MISTAKES = {
     "an unknown measure": ("measure", ["only=[samm]"], ["only=", "sam"]),
     "a barrier without other": ("measure", ["measure=interpolation_barrier"], ["other=<run or file>"]),
     "curvature of the robust loss": ("measure", ["measure=fisher_rao", "loss=robust"], ["not defined on the robust"]),
-    "another network": ("hessian", ["+model.activation=silu"], ["relu there, silu here"]),
     "a misspelt attack to rescale": ("rescale", ["only=[pgdd20]"], ["only=", "pgd20"]),
     "early stopping of scaled networks": ("rescale", ["evaluation=study_early_stopped"], ["chooses no snapshot"]),
     "nothing to scale": ("rescale", ["factors=[]"], ["nothing to scale"]),

@@ -351,9 +351,6 @@ MISTAKES = {
     "choosing on what was trained on": plain(
         "evaluation=early_stopping", "evaluation.selection.split='train[:64]'", expected=["64", "were trained on"]
     ),
-    "another network for the run": plain(
-        "+model.activation=silu", expected=["model.activation: relu there, silu here", "checkpoint=<run>"]
-    ),
     "another class for the model": plain("dataset=cifar100", expected=["model.classes=10"]),
 }
 

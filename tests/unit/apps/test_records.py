@@ -12,7 +12,6 @@ import pytest
 from robustflat.apps.cards import card_of, card_schema, write_card
 from robustflat.apps.collect import rows_of_run
 from robustflat.apps.records import NOTE, failed_record, headline, read_record, read_records, warnings_of
-from robustflat.apps.report import folders_of
 from robustflat.apps.runs import comparison, condition_of, found, remove, sorted_by
 from robustflat.errors import UserError
 from robustflat.store.results import KEY, ResultStore
@@ -273,12 +272,6 @@ def test_a_landscape_that_says_in_words_what_its_images_are_does_not_spoil_the_l
     ledger = read_record(folder).ledger.set_index("phase")
     assert ledger.loc["last/test[:4]/landscape/random", "seconds"] == 2.0
     assert math.isnan(ledger.loc["last/test[:4]/landscape/random", "images"])
-
-
-@pytest.mark.parametrize("runs", [5, ["nowhere", 5], "nowhere"])
-def test_runs_that_are_not_there_are_named(runs):
-    with pytest.raises(UserError, match="There is no folder"):
-        folders_of(runs)
 
 
 def test_of_several_sets_of_examples_the_largest_comes_last_and_counts(tmp_path):
