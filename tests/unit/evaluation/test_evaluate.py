@@ -153,6 +153,12 @@ def test_an_example_that_any_run_fools_counts_even_if_the_run_with_the_highest_l
     assert (measured["robust_error"], measured["robust_loss"]) == (1.0, pytest.approx(losses[1]))
 
 
+def test_images_of_many_pixels_are_attacked_one_by_one_at_least() -> None:
+    plan = EvaluationPlan(norm="linf", epsilon=1, step_size=1, attacks={}, test="test", train=None, flatness=None)
+    assert plan._at_once(torch.zeros(1, 3, 384, 384)) == 1
+    assert plan._at_once(torch.zeros(1, 3, 32, 32)) == 128
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["uniform_norm", "uniform"])
 def test_pgd20_with_ten_restarts_agrees_with_the_released_code_and_autoattack(start: str) -> None:
