@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
+
 from robustflat.apps.compare import compare_runs
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"

@@ -8,7 +8,10 @@ Writes the page, its figures and tables, and study.svg, study.png: the two main 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
 
 from robustflat.reporting.figures import save
 from robustflat.reporting.page import write_report

@@ -9,10 +9,14 @@ Prints train and test RLoss and RErr at the first, the best and the last epoch, 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without installation
+
+from robustflat.errors import UserError
+from robustflat.loggers.jsonl import read_jsonl
 from robustflat.reporting.plots import training_curves
 
 Rows = list[dict[str, float]]
@@ -25,7 +29,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     parser.add_argument("--title", default="")
     arguments = parser.parse_args()
-    histories = [rows for run in arguments.runs if (rows := evaluations(run))]
+    try:
+        histories = [rows for run in arguments.runs if (rows := evaluations(run))]
+    except UserError as error:
+        parser.error(str(error))
     if not histories:
         parser.error("none of these folders has a metrics.jsonl with evaluations")
     training_curves(histories, arguments.output, title=arguments.title or f"{len(histories)} runs, mean and spread")
@@ -39,7 +46,7 @@ def evaluations(run: Path) -> Rows:
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_jsonl(path)
     epochs = {row["step"]: row["epoch"] for row in rows if "epoch" in row}
     return [
         {"epoch": epochs[row["step"]], **{k.removeprefix("evaluation/"): v for k, v in row.items()}}
@@ -49,8 +56,8 @@ def evaluations(run: Path) -> Rows:
 
 
 def values_at(histories: list[Rows], epoch: float, key: str) -> list[float]:
-    """The value of every run at an epoch."""
-    return [row[key] for rows in histories for row in rows if row["epoch"] == epoch]
+    """The value of every run that has it at an epoch."""
+    return [row[key] for rows in histories for row in rows if row["epoch"] == epoch and key in row]
 
 
 def best_epoch(histories: list[Rows]) -> float:
@@ -64,6 +71,8 @@ def described(histories: list[Rows], epoch: float) -> list[str]:
     texts = []
     for key in ("train_robust_loss", "test_robust_loss", "train_robust_error", "test_robust_error"):
         found = values_at(histories, epoch, key)
+        if not found:  # of training without evaluation.train
+            continue
         spread = stdev(found) if len(found) > 1 else float("nan")
         texts.append(f"{key} {mean(found):.3f} +- {spread:.3f}")
     return texts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from torch import nn
@@ -17,10 +19,13 @@ from robustflat.apps.measure import _complete
 from robustflat.apps.networks import NetworkFile
 from robustflat.apps.run_folder import write_text
 from robustflat.errors import require_one_of
-from robustflat.flatness.audit import TRANSFORMATIONS, AuditResult, audit
-from robustflat.flatness.measures.measure import SharpnessMeasure
+from robustflat.flatness.audit import TRANSFORMATIONS, AuditResult, AuditRow, audit
+from robustflat.flatness.measures.measure import Reading, SharpnessMeasure
+from robustflat.store.results import Stored
 
 LOSSES = ("clean", "frozen")
+NUMBERS = ("before", "before_error", "after", "after_error")
+"""Arrays of a stored audit, an entry for each row of its table."""
 
 
 @dataclass
@@ -65,6 +70,7 @@ def audits(place: Workplace) -> float:
         place.console.print(f"\n[bold]{file.name}[/bold], {place.config.loss} loss")
         place.console.print(stored.attrs["table"], markup=False)
         unexpected += int(stored.attrs["unexpected"])
+        write_text(place.folder / _file(file, place), _frame(place, stored).to_csv(index=False))
         verdicts = "; ".join(f"{stored.attrs[k]} {k}" for k in ("as expected", "unexpected", "did not move", "open"))
         place.console.print(f"{verdicts} (* may move by its definition, but did not beyond its error)", markup=False)
         place.console.print(f"table        {place.folder / _file(file, place)}", markup=False)
@@ -101,7 +107,6 @@ def _audited(place: Workplace, file: NetworkFile, model: nn.Module, weights: str
             batch_size=int(config.batch_size),
             seed=place.seed,
         )
-        write_text(place.folder / _file(file, place), result.to_frame().to_csv(index=False))
         return _arrays(result), _details(result)
 
     return place.once(file, "audit", place.config.loss, decisive, made, weights=weights, model=model)
@@ -113,7 +118,20 @@ def _file(file: NetworkFile, place: Workplace) -> str:
 
 def _arrays(result: AuditResult) -> dict[str, Any]:
     rows = [row.to_dict() for row in result.rows]
-    return {k: column([float(row[k]) for row in rows]) for k in ("before", "before_error", "after", "after_error")}
+    return {k: column([float(row[k]) for row in rows]) for k in NUMBERS}
+
+
+def _frame(place: Workplace, stored: Stored) -> pd.DataFrame:
+    """The table of a stored audit, which may be an earlier one than the file holds."""
+    sources = {name: build(node).source for name, node in place.config.measures.items()}
+    numbers = zip(*(stored.arrays[k].tolist() for k in NUMBERS), strict=True)
+    rows = [
+        AuditRow(name, transformation, Reading(before, error, source=sources[name]), Reading(after, spread), *verdict)
+        for (name, transformation, *verdict), (before, error, after, spread) in zip(
+            json.loads(stored.attrs["rows"]), numbers, strict=True
+        )
+    ]
+    return AuditResult(tuple(rows), {}, {}, {}, "").to_frame()
 
 
 def _details(result: AuditResult) -> dict[str, object]:

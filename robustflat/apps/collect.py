@@ -51,6 +51,8 @@ def rows_of_run(run: Path) -> list[Row]:
     if not (run / RESULTS).is_file():
         raise DataError(f"{run} has no {RESULTS}: evaluate it first, python evaluate.py run={run}")
     rows = rows_of(ResultStore(run / RESULTS), origin_of(run))
+    # Where a number was measured on more and on fewer examples, that of the most comes last, which counts in reports.
+    rows.sort(key=lambda row: (str(row["checkpoint"]), row["count"] or 0))
     return [{key: value for key, value in row.items() if key != "role"} for row in rows]
 
 

@@ -103,8 +103,12 @@ _accept_launcher_files()  # also in the workers of a launcher, which call no `re
 
 def _training_norm(_root_: DictConfig) -> str:
     """Norm of the training attack's ball: 'linf', 'l2' or 'l1'; 'linf' for training without attack."""
-    target = str(OmegaConf.select(_root_, "attack.ball._target_", default="")).lower()
-    return next((norm for norm in ("l2", "l1") if f".{norm}ball" in target), "linf")
+    ball = OmegaConf.select(_root_, "attack.ball", default=None)
+    # As written: where the ball takes its norm from the evaluation, that is what asks here.
+    written = OmegaConf.to_container(ball, resolve=False) if OmegaConf.is_dict(ball) else {}
+    assert isinstance(written, dict)
+    target, norm = str(written.get("_target_")).lower(), written.get("norm")
+    return next((name for name in ("l2", "l1") if f".{name}ball" in target or norm == name), "linf")
 
 
 def run_name(config: DictConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,13 @@ def job(config: DictConfig) -> float:
         if sweeping:
             raise
         sys.exit(1)
-    found = [r["value"] for r in rows if r["metric"] == "robust_error" and r["role"] == "test"]
-    return float(found[-1]) if found else float("nan")
+    return headline_error(rows)
+
+
+def headline_error(rows: Sequence[Row]) -> float:
+    """Robust error by the first attack on the test examples of the last network; NaN without attack."""
+    found = [row for row in rows if row["metric"] == "robust_error" and row["role"] == "test"]
+    return next((float(row["value"]) for row in found if row["checkpoint"] == found[-1]["checkpoint"]), float("nan"))
 
 
 def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str], console: Console) -> list[Row]:
@@ -113,7 +118,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     OmegaConf.set_struct(config, False)
     run = _run_folder(config)
     stored = None if run is None else stored_config(run)
-    origin = _describe_network(config) if run is None else {}
+    origin = describe_network(config) if run is None else {}
     complete(config, stored, choices)
     require_sound(config)
     config.device = config.dataset.device = own_device(choose_device(config.device))
@@ -332,7 +337,7 @@ def _run_folder(config: DictConfig) -> Path | None:
 
 def _files(config: DictConfig, run: Path | None, plan: EvaluationPlan) -> list[NetworkFile]:
     require_one_of("part", config.part, ("model", "average"))
-    _require_pieces(config, plan)
+    require_pieces(config.only, plan)
     if run is None:
         if plan.selection is not None or config.checkpoints is not None:
             raise UserError("A single checkpoint has no snapshots to choose from: early stopping needs run=<folder>.")
@@ -347,7 +352,7 @@ def _files(config: DictConfig, run: Path | None, plan: EvaluationPlan) -> list[N
     return choose(run, str(which if which is not None else "last"), config.part)
 
 
-def _describe_network(config: DictConfig) -> dict[str, Any]:
+def describe_network(config: DictConfig) -> dict[str, Any]:
     """Take the network from a checkpoint that says which one it holds, unless the command does; what else it says."""
     if config.model is not None and "_target_" in config.model:
         return {}
@@ -357,9 +362,10 @@ def _describe_network(config: DictConfig) -> dict[str, Any]:
     return {"converted": record} if record else {}
 
 
-def _require_pieces(config: DictConfig, plan: EvaluationPlan) -> None:
+def require_pieces(only: Sequence[str], plan: EvaluationPlan) -> None:
+    """Refuse a name in `only` that is neither an attack nor a measure of the plan."""
     names = {*plan.attacks, *plan.measures}
-    for name in config.only:
+    for name in only:
         require_one_of("A name in only=", name, names, hint="only=[] measures everything.")
 
 

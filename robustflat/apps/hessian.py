@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from robustflat.flatness.hessian import HessianSpectrum
 from robustflat.flatness.spectrum_result import SpectrumResult, converged_digits
 from robustflat.flatness.trace import Estimate
 from robustflat.reporting.density_plots import density_picture
-from robustflat.store.results import ResultStore, Stored
+from robustflat.store.results import KEY, ResultStore, Stored
 
 VECTORS = "hessian_vectors.h5"
 LOSSES = ("clean", "frozen")
@@ -84,14 +85,22 @@ def spectrum(place: Workplace, file: NetworkFile, model: nn.Module, weights: str
     values = resolved(place.config)
     decisive = {"loss": loss, "hessian": values["hessian"], "attack": None if loss == "clean" else values["attack"]}
 
-    def made() -> Made:
-        measure: HessianSpectrum = build(place.config.hessian, attack=place.attack_of(loss), seed=place.seed)
-        result = measure.measure(model, place.batches())
-        if place.config.vectors:
-            _keep_vectors(place, f"{file.name}/{place.split.replace('/', '-')}/{loss}", result)
-        return _arrays(result), _details(result)
+    measured: list[SpectrumResult] = []
 
-    return place.once(file, "hessian", loss, decisive, made, weights=weights, model=model)
+    def measure(**options: int) -> SpectrumResult:
+        spectrum: HessianSpectrum = build(
+            place.config.hessian, attack=place.attack_of(loss), seed=place.seed, **options
+        )
+        return spectrum.measure(model, place.batches())
+
+    def made() -> Made:
+        measured.append(measure())
+        return _arrays(measured[0]), _details(measured[0])
+
+    name = place.once(file, "hessian", loss, decisive, made, weights=weights, model=model)
+    if place.config.vectors:
+        _keep_vectors(place, name, lambda: measured[0] if measured else measure(trace_products=0, density_probes=0))
+    return name
 
 
 def _arrays(result: SpectrumResult) -> dict[str, Any]:
@@ -112,12 +121,20 @@ def _details(result: SpectrumResult) -> dict[str, object]:
     return {k: v for k, v in result.to_dict().items() if k not in (*lists, "seed", "seconds")}
 
 
-def _keep_vectors(place: Workplace, name: str, result: SpectrumResult) -> None:
+def _keep_vectors(place: Workplace, name: str, measured: Callable[[], SpectrumResult]) -> None:
     """Eigenvectors as rows, in a file of their own; `names` and `shapes` say where each tensor is in a row."""
-    arrays = {"top": result.top.vectors.numpy(), "bottom": result.bottom.vectors.numpy()}
-    attrs = {"names": list(result.names), "shapes": [list(shape) for shape in result.shapes], "key": "vectors"}
-    ResultStore(place.folder / VECTORS).write(name, arrays, attrs)
-    place.console.print(f"eigenvectors {place.folder / VECTORS}, {name}", markup=False)
+    checkpoint, split, _, last = name.split("/")
+    kept, where, key = (
+        ResultStore(place.folder / VECTORS),
+        f"{checkpoint}/{split}/{last}",
+        place.store.attributes(name)[KEY],
+    )
+    if place.config.force or not kept.has(where, key):
+        result = measured()
+        arrays = {"top": result.top.vectors.numpy(), "bottom": result.bottom.vectors.numpy()}
+        attrs = {"names": list(result.names), "shapes": [list(shape) for shape in result.shapes], KEY: key}
+        kept.write(where, arrays, attrs)
+    place.console.print(f"eigenvectors {kept.path}, {where}", markup=False)
 
 
 def _print(place: Workplace, found: dict[str, Stored]) -> None:

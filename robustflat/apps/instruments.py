@@ -29,6 +29,7 @@ from robustflat.apps.evaluate import (
     RESULTS,
     _given_or_stored,
     data_prefix,
+    describe_network,
     find_data,
     network,
     open_folder,
@@ -250,6 +251,7 @@ def opened(
     OmegaConf.set_struct(config, False)
     run = _run_of(config)
     stored = None if run is None else stored_config(run)
+    origin = describe_network(config) if run is None else {}
     complete(config, stored)
     check_own(config)
     require_sound(config, root)
@@ -264,7 +266,7 @@ def opened(
     with closing(folder):
         if run is None:
             write_text(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            folder.write_json("provenance.json", facts | {"data": dataset.describe()})
+            folder.write_json("provenance.json", facts | {"data": dataset.describe()} | origin)
         yield Workplace(
             config=config,
             stored=stored,

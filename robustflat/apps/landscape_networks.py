@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustflat.apps.evaluate import take_from_run
+from robustflat.apps.evaluate import describe_network, take_from_run
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
 from robustflat.errors import UserError, require_one_of
 
@@ -75,6 +75,7 @@ def _of_run(config: DictConfig, text: str, which: str) -> list[Shown]:
 def _of_file(config: DictConfig, text: str) -> Shown:
     mine = _completed(config, None)
     mine.checkpoint = text
+    describe_network(mine)
     name = "last" if config.part == "model" else str(config.part)
     return Shown("", None, NetworkFile(name, Path(text), config.part, None), mine, None)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustflat.apps.build import build
 from robustflat.apps.config import resolved
 from robustflat.apps.instruments import InstrumentRoot, Made, Workplace, losses_of, other_weights, start, with_precision
-from robustflat.apps.networks import NetworkFile, weights_of
+from robustflat.apps.networks import NetworkFile, digest_of, weights_of
 from robustflat.apps.train import seeded_model
 from robustflat.errors import UserError, require_one_of
 from robustflat.flatness.measures.measure import SharpnessMeasure, take
@@ -93,12 +93,14 @@ class _Session:
         decisive = {k: values[k] for k in ("precision", "norm_layers", "biases")} | {"loss": self.loss}
         decisive |= {"measure": values["measures"][name]}
         decisive |= {"attack": None if self.loss == "clean" else values["attack"]}
-        decisive |= {"other": values["other"]} if measure.needs == "other" else {}
+        compared = measure.needs == "other"
+        decisive |= {"other": digest_of(self.anchors["other"])} if compared else {}
 
         def made() -> Made:
             reading = take({name: measure}, self.surface)[name]
             details: dict[str, Any] = {k: v for k, v in reading.to_dict().items() if k not in ("details", "seconds")}
             details |= {"value": reading.value, "details": reading.details, "examples": len(self.surface.labels)}
+            details |= {"other": values["other"]} if compared else {}
             return {}, {k: v for k, v in details.items() if v is not None}
 
         return self.place.once(

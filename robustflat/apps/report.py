@@ -70,7 +70,8 @@ def folders_of(runs: Any) -> list[Path]:
     Raises:
         UserError: if there is none.
     """
-    listed = [runs] if isinstance(runs, str) else list(runs or [])
+    several = isinstance(runs, Sequence) and not isinstance(runs, str)
+    listed = [str(run) for run in (runs if several else [runs]) if run is not None]
     if not listed:
         raise UserError("Say which runs: runs=outputs/*/*, or runs=[outputs/digits-at/3f2a9c1d,...].")
     found = [Path(path) for pattern in listed for path in sorted(glob.glob(str(Path(pattern).expanduser())))]

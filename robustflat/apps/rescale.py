@@ -17,7 +17,7 @@ from torch import nn
 from robustflat.apps.bench import Bench, measure_network
 from robustflat.apps.build import build
 from robustflat.apps.config import _safe_name, resolved
-from robustflat.apps.evaluate import network, require_examples
+from robustflat.apps.evaluate import network, require_examples, require_pieces
 from robustflat.apps.evaluation_summary import SHOWN
 from robustflat.apps.hessian import spectrum
 from robustflat.apps.instruments import InstrumentRoot, Workplace, other_weights, start
@@ -80,6 +80,9 @@ def study(place: Workplace) -> float:
     """
     plan: EvaluationPlan = build(place.config.evaluation)
     require_examples(plan, place.dataset)
+    require_pieces(place.config.only, plan)
+    if plan.selection is not None:
+        raise UserError("rescale chooses no snapshot: take an evaluation without selection, and checkpoints=<epoch>.")
     bench = Bench(
         plan=plan,
         dataset=place.dataset,

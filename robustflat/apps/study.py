@@ -24,7 +24,7 @@ from robustflat.apps.messages import complain, wide_console
 from robustflat.apps.records import failed_record, read_record
 from robustflat.apps.report import study_page, summary_table, write_pages
 from robustflat.apps.runs import listing
-from robustflat.apps.study_file import StudyFile, read_study
+from robustflat.apps.study_file import StudyFile, read_study, refuse_special
 from robustflat.apps.study_progress import watched
 from robustflat.apps.study_runs import StudyRun, compose_passes, expand
 from robustflat.errors import UserError, require_range
@@ -95,6 +95,8 @@ def run_study(
     if config.jobs is not None:
         require_range("jobs", config.jobs, low=1)
     study = study_of(config, name)
+    refuse_special(config.overrides, "overrides")
+    refuse_special(config.evaluation_overrides, "evaluation_overrides", evaluation=True)
     trusted = [f"trusted_packages=[{','.join(config.trusted_packages)}]"] if config.trusted_packages else []
     outputs = str(config.outputs)
     logger_overrides = [text for text in command if text.lstrip("+~").startswith("logger")]

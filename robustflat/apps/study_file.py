@@ -11,6 +11,9 @@ from robustflat.errors import UserError, require_one_of
 SPECIAL = ("seed=", "outputs=", "hydra", "--")
 """Beginnings of overrides that an experiment may not have: the study itself sets them."""
 
+SPECIAL_IN_EVALUATIONS = ("run=", "checkpoint=", "part=", "device=", "threads=", "data_root=", *SPECIAL[1:])
+"""The same for evaluations, which are about the run and on its device."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -81,17 +84,18 @@ def read_study(node: Mapping[str, Any], name: str) -> StudyFile:
     for key, empty in (("experiments", not experiments), ("evaluations", not evaluations)):
         if empty:
             raise UserError(f"study {name}: {key} is empty; it needs at least one entry.")
+    given = {key: _texts(value, f"study {name}: evaluations.{key}") for key, value in evaluations.items() if value}
+    for key, texts in given.items():
+        refuse_special(texts, f"study {name}: evaluations.{key}", evaluation=True)
     common = _texts(node.get("common"), f"study {name}: common")
-    _refuse_special(common, f"study {name}: common")
+    refuse_special(common, f"study {name}: common")
     return StudyFile(
         title=str(node.get("title") or name),
         question=str(node.get("question") or ""),
         experiments=tuple(_experiment(name, key, value) for key, value in experiments.items() if value is not None),
         seeds=_seeds(node.get("seeds"), f"study {name}: seeds"),
         common=common,
-        evaluations={
-            key: _texts(value, f"study {name}: evaluations.{key}") for key, value in evaluations.items() if value
-        },
+        evaluations=given,
         attacks=_texts(node.get("attacks"), f"study {name}: attacks"),
         measures=_texts(node.get("measures"), f"study {name}: measures"),
         report=_mapping(node.get("report"), f"study {name}: report"),
@@ -104,17 +108,30 @@ def _experiment(study: str, key: str, value: object) -> Experiment:
     for field in given:
         require_one_of(f"{where}: a field", field, ("label", "family", "overrides", "part"))
     overrides = _texts(given.get("overrides"), f"{where}.overrides")
-    _refuse_special(overrides, f"{where}.overrides")
+    refuse_special(overrides, f"{where}.overrides")
     label = str(given.get("label") or key)
     part = str(given.get("part") or "model")
     require_one_of(f"{where}.part", part, ("model", "average"))
     return Experiment(key, label, str(given.get("family") or label), overrides, part)
 
 
-def _refuse_special(overrides: Sequence[str], where: str) -> None:
+def refuse_special(overrides: Sequence[str], where: str, *, evaluation: bool = False) -> None:
+    """Refuse what would be ignored, or send a run elsewhere than the study looks for it.
+
+    Args:
+        overrides: arguments of `train.py`, or of `evaluate.py`.
+        where: place in the study, for the message.
+        evaluation: whether they are those of `evaluate.py`.
+
+    Raises:
+        UserError: naming the first.
+    """
     for text in overrides:
-        if text.lstrip("+~").startswith(SPECIAL):
-            raise UserError(f"{where}: '{text}' is not for experiments: the study sets seed, outputs and launcher.")
+        if text.lstrip("+~").startswith(SPECIAL_IN_EVALUATIONS if evaluation else SPECIAL):
+            kind, sets = (
+                ("evaluations", "run, part, device, outputs") if evaluation else ("experiments", "seed, outputs")
+            )
+            raise UserError(f"{where}: '{text}' is not for {kind}: the study sets {sets} and launcher.")
 
 
 def _mapping(value: object, where: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ from robustflat.evaluation.attacked import attack_batches
 from robustflat.evaluation.metrics import Interval
 from robustflat.evaluation.paired import Comparison, compare_attacks, compare_clean
 from robustflat.evaluation.predict import Prediction, predict
+from robustflat.evaluation.rows import any_wrong
 from robustflat.flatness.subject import require_evaluation_mode
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.precision import device_of, precision_of
@@ -44,10 +46,12 @@ STEP_SHARE = 0.007 / (8 / 255)
 class EvaluationResult:
     """Clean and adversarial logits of one network, and how they were made; print it.
 
+    An example is robustly wrong if it is wrong without attack or in any run; its robust loss is that of the worst run.
+
     Attributes:
-        clean, adversarial: logits (N, K) and labels (N,).
+        clean: logits (N, K) and labels (N,).
+        runs: logits (R, N, K) of the runs of the attack.
         attack: the attack in words.
-        restarts: runs of that attack, of which the one with the highest loss counts per example.
         norm, epsilon: the threat model.
         precision: floating-point type of the network.
         seed: of the attack.
@@ -56,15 +60,24 @@ class EvaluationResult:
     """
 
     clean: Prediction
-    adversarial: Prediction
+    runs: Tensor
     attack: str
-    restarts: int
     norm: str
     epsilon: float
     precision: str
     seed: int
     seconds: float
     sanity: SanityReport
+
+    @cached_property
+    def adversarial(self) -> Prediction:
+        """Logits (N, K) of the run with the highest loss per example, and labels (N,)."""
+        return Prediction(metrics.worst_restart(self.runs, self.clean.labels), self.clean.labels)
+
+    @property
+    def restarts(self) -> int:
+        """Number of runs of the attack."""
+        return len(self.runs)
 
     @property
     def count(self) -> int:
@@ -93,8 +106,8 @@ class EvaluationResult:
 
     @property
     def robustly_wrong(self) -> Tensor:
-        """Which examples are wrong without or with attack, bool (N,)."""
-        return metrics.robustly_wrong(self.clean.logits, self.adversarial.logits, self.clean.labels)
+        """Which examples are wrong without attack or in any run, bool (N,)."""
+        return any_wrong(self.clean.logits, self.runs, self.clean.labels)
 
     @property
     def error_interval(self) -> Interval:
@@ -145,7 +158,7 @@ class EvaluationResult:
                 f"The networks were evaluated under different threat models: {self.norm} {self.epsilon:g} and "
                 f"{other.norm} {other.epsilon:g}."
             )
-        runs = [result.adversarial.logits[None] for result in (self, other)]
+        runs = [result.runs for result in (self, other)]
         clean = [result.clean.logits for result in (self, other)]
         if not torch.equal(self.clean.labels, other.clean.labels):
             raise UserError("The two results are about different examples: their labels differ.")
@@ -230,6 +243,7 @@ def evaluate(
             mode; the message says what is wrong.
     """
     require_range("seed", seed, low=0)
+    require_one_of("norm", norm, BALLS)
     require_evaluation_mode(model)
     start = time.perf_counter()
     batches = batches_for(model, images, labels, batch_size=batch_size)
@@ -251,12 +265,10 @@ def evaluate(
         search="plain",
         generator=generator,
     )
-    found = Prediction(metrics.worst_restart(attacked.logits, clean.labels), clean.labels)
     return EvaluationResult(
         clean=clean,
-        adversarial=found,
+        runs=attacked.logits,
         attack=describe(chosen),
-        restarts=restarts,
         norm=getattr(ball, "norm", norm),
         epsilon=float(getattr(ball, "epsilon", epsilon)),
         precision=precision_of(model),

@@ -36,8 +36,7 @@ class PeriodicEvaluation(Callback):
       `error_gap`, `loss_gap` without attack;
     * the same as `evaluation_average/...` for a weight average, and so on for other `trainer.networks()`.
 
-    The attack draws from a fresh generator of the same seed every time. So epochs are compared with equal
-    random
+    The attack draws from a fresh generator of the same seed every time. So epochs are compared with equal random
     starts, and no draw of the training is shifted: training with and without this callback is the same.
 
     Args:

@@ -20,6 +20,7 @@ from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.attacked import Attacked, attack_batches, autoattack_batches
 from robustflat.evaluation.predict import Prediction, predict
+from robustflat.evaluation.rows import any_wrong
 from robustflat.evaluation.selection import EarlyStopping
 from robustflat.flatness.measure import FlatnessMeasure
 from robustflat.flatness.result import FlatnessResult
@@ -198,7 +199,7 @@ class EvaluationPlan:
         if self.attack_batch is not None:
             return self.attack_batch
         numbers = NUMBERS_AT_ONCE * (1 if x.device.type == "cpu" else ACCELERATED)
-        return numbers // x[0].numel()
+        return max(1, numbers // x[0].numel())
 
     def attack_piece(
         self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, progress: Progress | None = None
@@ -256,8 +257,7 @@ class EvaluationPlan:
             generator = generator_for(seed, "evaluation", split, name, device=dataset.device)
             runs = self.restarts.get(name, 1)
             logits = self.attacked(model, dataset, text, attack, runs=runs, generator=generator).logits
-            found = Prediction(metrics.worst_restart(logits, clean.labels), clean.labels)
-            values[name] = _robust(clean, found) | {"seconds": time.perf_counter() - start}
+            values[name] = _robust(clean, logits) | {"seconds": time.perf_counter() - start}
         return values
 
     def measure_flatness(self, model: nn.Module, dataset: Dataset, measure: Any, *, seed: int) -> Measured:
@@ -279,14 +279,14 @@ def _clean(clean: Prediction) -> Measured:
     }
 
 
-def _robust(clean: Prediction, found: Prediction) -> Measured:
-    wrong = metrics.robustly_wrong(clean.logits, found.logits, clean.labels)
-    per_example = metrics.loss_per_example(found.logits, clean.labels)
-    return _proportion("robust_error", wrong) | {
+def _robust(clean: Prediction, runs: Tensor) -> Measured:
+    strongest = metrics.worst_restart(runs, clean.labels)
+    per_example = metrics.loss_per_example(strongest, clean.labels)
+    return _proportion("robust_error", any_wrong(clean.logits, runs, clean.labels)) | {
         "robust_loss": float(per_example.mean()),
         "robust_loss_standard_error": metrics.standard_error(per_example),
-        "robust_loss_on_correct": metrics.robust_loss_on_correct(clean.logits, found.logits, clean.labels),
-        "robust_loss_on_incorrect": metrics.robust_loss_on_incorrect(clean.logits, found.logits, clean.labels),
+        "robust_loss_on_correct": metrics.robust_loss_on_correct(clean.logits, strongest, clean.labels),
+        "robust_loss_on_incorrect": metrics.robust_loss_on_incorrect(clean.logits, strongest, clean.labels),
     }
 
 

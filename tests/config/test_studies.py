@@ -114,6 +114,7 @@ NODE = {
         ({"seeds": ["x"]}, ["seeds"]),
         ({"common": "trainer.epochs=1"}, ["common", "must be a list"]),
         ({"evaluations": {}}, ["evaluations is empty"]),
+        ({"evaluations": {"last": ["part=average"]}}, ["evaluations.last", "part=average", "run, part"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_place(changes, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -67,8 +68,10 @@ def test_hessian_stores_what_it_prints_and_measures_nothing_twice(robustflat, ru
         assert (run / f"hessian_density.{ending}").stat().st_size > 1000
     vectors = ResultStore(run / "hessian_vectors.h5").read("last/test[:16]/clean").arrays["top"]
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+    (run / "hessian_vectors.h5").unlink()
     before = (run / "results.h5").read_bytes()
     again = robustflat("hessian", *arguments, *more)
+    assert np.array_equal(ResultStore(run / "hessian_vectors.h5").read("last/test[:16]/clean").arrays["top"], vectors)
     assert again.code == 0 and (run / "results.h5").read_bytes() == before
     rows = {row["metric"] for row in rows_of_run(run) if row["kind"] == "hessian"}
     assert rows == {"lambda_max", "lambda_min", "non_convexity", "trace", "frobenius"}
@@ -80,11 +83,13 @@ def test_hessian_of_all_snapshots_and_of_the_released_codes_reduction(robustflat
     assert answer.code == 0, answer.err
     store = ResultStore(run / "results.h5")
     assert {name.split("/")[0] for name in store.names()} == {"epoch_0001", "last"}
-    summed = robustflat("hessian", f"run={run}", *FEW, *options, "hessian.reduction=sum_over_batches")
+    summed = robustflat("hessian", f"run={run}", *FEW, *options, "hessian.reduction=sum_over_batches", "vectors=true")
     assert summed.code == 0 and "sum_over_batches" in summed.out
     values = {name: float(store.read(name).arrays["top"][0]) for name in store.names() if name.startswith("last")}
     plain = values.pop("last/test[:16]/hessian/clean")
     assert list(values.values()) == pytest.approx([2 * plain], rel=1e-3)
+    (kept,) = ResultStore(run / "hessian_vectors.h5").names()
+    assert kept.startswith("last/test[:16]/clean~")  # not where the vectors of the mean would be
 
 
 def test_measure_prints_value_error_cost_and_source(robustflat, run):
@@ -114,6 +119,16 @@ def test_a_single_measure_and_a_barrier_between_runs(robustflat, run):
     assert answer.code == 0, answer.err
     stored = ResultStore(run / "results.h5").attributes("last/test[:16]/sharpness/clean/interpolation_barrier")
     assert stored["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_barrier_to_other_weights_under_the_same_name_is_measured_anew(robustflat, run, tmp_path):
+    ends = []
+    for name in ("epoch_0001", "last"):
+        shutil.copy(run / "checkpoints" / f"{name}.pt", tmp_path / "other.pt")
+        assert robustflat("measure", f"run={run}", *FEW, "measure=interpolation_barrier", "other=other.pt").code == 0
+        store = ResultStore(run / "results.h5")
+        ends.append([json.loads(store.attributes(name)["details"])["other_loss"] for name in store.names()])
+    assert len(ends[1]) == 2 and len(set(ends[1])) == 2
 
 
 def test_rescale_gives_the_papers_table(robustflat, run):
@@ -148,8 +163,12 @@ def test_audit_reports_what_moves(robustflat, run):
         assert text in answer.out
     table = pd.read_csv(run / "audit_last_clean.csv")
     assert set(table.verdict) <= {"as expected", "did not move"}
+    assert "Foret et al., ICLR 2021" in set(table.source)
+    other = robustflat("audit", f"run={run}", *FEW, "only=[sam]", "transformations=[batch_norm_scaling]", "factor=4")
+    assert other.code == 0 and len(pd.read_csv(run / "audit_last_clean.csv")) == 1
     again = robustflat("audit", f"run={run}", *FEW, "only=[sam,adaptive_average,fisher_rao,weight_norm]")
     assert again.out == answer.out
+    pd.testing.assert_frame_equal(pd.read_csv(run / "audit_last_clean.csv"), table)
 
 
 def test_a_network_from_elsewhere_gives_what_its_run_does(robustflat, run, tmp_path):
@@ -164,6 +183,16 @@ def test_a_network_from_elsewhere_gives_what_its_run_does(robustflat, run, tmp_p
     assert one.arrays["top"].tolist() == pytest.approx(two.arrays["top"].tolist(), rel=1e-4)
 
 
+def test_a_checkpoint_that_says_which_network_it_holds_needs_no_model(robustflat, run, tmp_path):
+    shutil.copy(run / "checkpoints" / "last.pt", tmp_path / "net.pt")
+    options = ("hessian.trace_products=0", "hessian.bottom=0", "hessian.top=1")
+    answer = robustflat("hessian", "checkpoint=net.pt", "dataset=digits", *FEW, *options)
+    assert answer.code == 0, answer.err
+    drawn = ("landscape=clean", "landscape.trials=1", "landscape.points=3", "examples='test[:16]'", "device=cpu")
+    answer = robustflat("landscape", "checkpoint=net.pt", "dataset=digits", *drawn)
+    assert answer.code == 0, answer.err
+
+
 MISTAKES = {
     "no network": ("hessian", ["run=null"], ["run=<folder or id>", "checkpoint=<file>"]),
     "an unknown run": ("measure", ["run=nonsense"], ["There is no run 'nonsense'"]),
@@ -174,6 +203,8 @@ MISTAKES = {
     "an unknown measure": ("measure", ["only=[samm]"], ["only=", "sam"]),
     "a barrier without other": ("measure", ["measure=interpolation_barrier"], ["other=<run or file>"]),
     "curvature of the robust loss": ("measure", ["measure=fisher_rao", "loss=robust"], ["not defined on the robust"]),
+    "a misspelt attack to rescale": ("rescale", ["only=[pgdd20]"], ["only=", "pgd20"]),
+    "early stopping of scaled networks": ("rescale", ["evaluation=study_early_stopped"], ["chooses no snapshot"]),
     "nothing to scale": ("rescale", ["factors=[]"], ["nothing to scale"]),
     "a negative factor": ("rescale", ["factors=[-1]"], ["factors must lie in"]),
     "an unknown transformation": ("audit", ["transformations=[rotate]"], ["transformation must be one of"]),

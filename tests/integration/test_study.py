@@ -232,6 +232,13 @@ def test_the_table_goes_to_wandb_when_it_is_the_logger(cli, done, monkeypatch):
     assert sorted(row[0] for row in content["data"]) == ["AT", "averaging"]
 
 
+@pytest.mark.parametrize("given", ["overrides=['outputs=elsewhere']", "evaluation_overrides=['+run=other']"])
+def test_what_a_study_sets_itself_is_refused_before_anything_is_trained(cli_of, tmp_path, given):
+    answer = cli_of("study", *configured(tmp_path), given)
+    assert answer.code == 1 and "the study sets" in answer.err, answer.err
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
 def test_wrong_experiments_are_named_before_anything_starts(cli, tmp_path):
     arguments = [*configured(tmp_path), "+study.experiments.typo.overrides=['trainer=tades']"]
     answer = cli("study", *arguments)

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from robustflat.apps.cards import card_of, card_schema, write_card
+from robustflat.apps.collect import rows_of_run
 from robustflat.apps.records import NOTE, failed_record, headline, read_record, read_records, warnings_of
 from robustflat.apps.run_folder import RunFolder
 from robustflat.apps.runs import RunsRoot, comparison, condition_of, found, job, remove, sorted_by
@@ -335,3 +336,14 @@ def test_a_landscape_that_says_in_words_what_its_images_are_does_not_spoil_the_l
     ledger = read_record(folder).ledger.set_index("phase")
     assert ledger.loc["last/test[:4]/landscape/random", "seconds"] == 2.0
     assert math.isnan(ledger.loc["last/test[:4]/landscape/random", "images"])
+
+
+def test_of_several_sets_of_examples_the_largest_comes_last_and_counts(tmp_path):
+    """A smoke test on test[:32] must not win over test[:4] by its name (here with 2 and 4 examples)."""
+    store = ResultStore(tmp_path / "results.h5")
+    for split, count in {"test[:32]": 2, "test[:4]": 4}.items():
+        store.write(f"last/{split}", {"labels": np.zeros(count, dtype=np.int64)}, {})
+        attrs = {"split": split, "checkpoint": "last", "role": "test", "kind": "clean", KEY: split}
+        store.write(f"last/{split}/clean", {"logits": np.eye(2, dtype=np.float32)[[0] * count]}, attrs)
+    errors = [row["split"] for row in rows_of_run(tmp_path) if row["metric"] == "error"]
+    assert errors == ["test[:32]", "test[:4]"]

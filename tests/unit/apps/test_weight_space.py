@@ -33,6 +33,15 @@ def test_the_clean_spectrum_of_the_checkpoint_counts() -> None:
     assert curvature_of(rows, "early_stopped") == {}
 
 
+def test_figures_of_one_set_of_examples_are_not_mixed_with_those_of_another() -> None:
+    splits = {"test[:8]": 3.0, "test[:16]": 4.0, "train[:16]": 5.0}
+    rows = [{**row("last", "clean", "lambda_max", value), "split": split, "count": int(split[6:-1].strip(":"))}
+            for split, value in splits.items()]  # fmt: skip
+    rows.append({**row("last", "clean", "trace", 9.0), "split": "train[:16]"})
+    found = curvature_of(rows, "last")
+    assert (found["value"], found["examples"]) == (4.0, 16) and "trace" not in found
+
+
 def test_lines_are_read_and_planes_and_other_checkpoints_are_not(tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "results.h5")
     lines = {

@@ -10,10 +10,17 @@ import torch
 from torch import nn
 
 from robustflat.attacks.pgd import Pgd
+from robustflat.attacks.sanity import report
 from robustflat.attacks.wrappers import Restarts
+from robustflat.data.dataset import Dataset
+from robustflat.data.images import ImageSet
+from robustflat.data.sources import Digits
 from robustflat.errors import UserError
-from robustflat.evaluation.evaluate import evaluate, standard_attack
+from robustflat.evaluation.evaluate import EvaluationResult, evaluate, standard_attack
+from robustflat.evaluation.plan import EvaluationPlan
+from robustflat.evaluation.predict import Prediction
 from robustflat.geometry.input_ball import LinfBall
+from robustflat.types import Found
 from tests.reference.models import cnn_cifar10, figures, mlp_digits
 
 
@@ -89,6 +96,8 @@ def test_misuse_is_refused() -> None:
     images, labels = grey(0.3), torch.tensor([0])
     with pytest.raises(UserError, match="norm must be one of l1, l2, linf, got 'l-inf'"):
         evaluate(linear(), images, labels, norm="l-inf")
+    with pytest.raises(UserError, match="norm must be one of l1, l2, linf, got 'l-inf'"):
+        evaluate(linear(), images, labels, norm="l-inf", attack=Scripted(images))
     with pytest.raises(UserError, match=r"Write 8/255 as 0\.03137"):
         evaluate(linear(), images, labels, epsilon=8)
     with pytest.raises(UserError, match="Divide by 255"):
@@ -111,6 +120,43 @@ def test_one_run_of_pgd20_agrees_with_the_released_code() -> None:
     result = evaluate(model, images, labels, attack=attack)
     single = sum(figures()["pgd20"]["robust_loss_single_restart_mean"]) / 5
     assert result.robust_loss == pytest.approx(single, abs=1e-3)
+
+
+class Scripted:
+    """Returns prepared images, others at every call."""
+
+    def __init__(self, *images: torch.Tensor) -> None:
+        self.images = list(images)
+
+    def __call__(self, forward, x, y, objective=None, generator=None) -> Found:
+        return Found(self.images.pop(0), torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.bool))
+
+
+def test_an_example_that_any_run_fools_counts_even_if_the_run_with_the_highest_loss_does_not() -> None:
+    model = nn.Flatten()  # three pixels are the logits
+    x, fooled, right = (torch.tensor(z).view(1, 3, 1, 1) for z in ([0.9, 0.1, 0.1], [0.9, 0.95, 0], [0.34, 0.33, 0.33]))
+    y = torch.tensor([0])
+    losses = [float(torch.nn.functional.cross_entropy(z.flatten(1), y)) for z in (fooled, right)]
+    assert losses[0] < losses[1]
+    runs = torch.stack([fooled.flatten(1), right.flatten(1)])
+    about = {"attack": "", "norm": "linf", "epsilon": 1.0, "precision": "fp32", "seed": 0, "seconds": 0.0}
+    result = EvaluationResult(clean=Prediction(x.flatten(1), y), runs=runs, sanity=report(()), **about)
+    assert (result.error, result.robust_error, result.restarts) == (0.0, 1.0, 2)
+    assert result.robust_loss == pytest.approx(losses[1])
+    assert result.compare(result).differences[2].first == 1.0
+    data = Dataset(source=Digits(), classes=10, channels=1, mean=[0.3], std=[0.4])
+    data.__dict__["sets"] = {"test": ImageSet((x * 255).to(torch.uint8), y, "test", 10)}
+    attacks = {"scripted": Scripted(fooled, right)}
+    plan = EvaluationPlan(norm="linf", epsilon=1, step_size=1, attacks=attacks, restarts={"scripted": 2}, test="test",
+                          train=None, flatness=None, attack_batch=1)  # fmt: skip
+    measured = plan.measure_split(model, data, "test", seed=0)["scripted"]
+    assert (measured["robust_error"], measured["robust_loss"]) == (1.0, pytest.approx(losses[1]))
+
+
+def test_images_of_many_pixels_are_attacked_one_by_one_at_least() -> None:
+    plan = EvaluationPlan(norm="linf", epsilon=1, step_size=1, attacks={}, test="test", train=None, flatness=None)
+    assert plan._at_once(torch.zeros(1, 3, 384, 384)) == 1
+    assert plan._at_once(torch.zeros(1, 3, 32, 32)) == 128
 
 
 @pytest.mark.slow

@@ -57,6 +57,19 @@ def test_robust_loss_takes_the_highest_loss_of_the_runs():
     assert rows["robust_loss_of_one_run"]["value"] == pytest.approx(sum(map(sum, each)) / 8)
 
 
+def test_roc_auc_is_between_all_clean_examples_and_the_ones_that_the_attack_turned_wrong():
+    runs = RUNS.clone()
+    runs[:, 2] = torch.tensor([9.0, 0, 0])  # wrong without attack, too: sure of itself, but no success of the attack
+    rows = by_metric(attack_rows("pgd", CLEAN, runs, LABELS))
+    each = [[cross_entropy(z, y) for z, y in zip(run.tolist(), LABELS.tolist(), strict=True)] for run in runs]
+    worst = [max(range(2), key=lambda r, i=i: each[r][i]) for i in range(4)]
+    sure = CLEAN.softmax(dim=1).amax(dim=1).tolist()
+    fooled = [float(runs[worst[i], i].softmax(dim=0).max()) for i in (0, 3)]
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in sure for b in fooled]
+    assert rows["roc_auc"]["value"] == pytest.approx(sum(pairs) / len(pairs))
+    assert rows["roc_auc"]["value"] != 1
+
+
 def test_an_attack_that_stops_early_has_no_losses():
     assert "robust_loss" not in by_metric(attack_rows("aa", CLEAN, RUNS, LABELS, losses=False))
 
