@@ -120,7 +120,7 @@ def read_images(path: Path, key: str = KEY) -> NDArray[np.uint8] | NDArray[np.fl
     with _opened_array(path, key) as stored:
         _require_image_shape(path, stored.shape)
         if stored.dtype == np.uint8:
-            return _require_not_truncated(path, _read_all(path, stored))
+            return require_not_truncated(path, _read_all(path, stored))
         if stored.dtype.kind != "f":
             raise DataError(
                 f"{path}: images must be uint8 or floating point, got {stored.dtype}. "
@@ -193,6 +193,20 @@ def require_unit_range(path: Path, values: NDArray[Any]) -> None:
         )
 
 
+def require_not_truncated(path: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same images; 0..1 images that were cast to uint8, which leaves zeros and a few ones, are refused.
+
+    Raises:
+        DataError: if no value is above 1.
+    """
+    if images.size and int(images.max()) <= 1:
+        raise DataError(
+            f"{path}: no value of these whole-number images is above 1. Were images in [0, 1] cast? "
+            "Store round(255 * image) as uint8, or float32."
+        )
+    return images
+
+
 @contextmanager
 def _opened_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
     if not path.is_file():
@@ -234,16 +248,6 @@ def _require_image_shape(path: Path, shape: tuple[int, ...]) -> None:
             f"{path}: images must have shape N x H x W x C (channels last), got {_shape(shape)}, "
             "which looks like channels first. Transpose the array with (0, 2, 3, 1)."
         )
-
-
-def _require_not_truncated(path: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Refuse 0..1 images that were cast to uint8, which leaves nothing but zeros and a few ones."""
-    if images.size and int(images.max()) <= 1:
-        raise DataError(
-            f"{path}: no value of these uint8 images is above 1. Were images in [0, 1] cast to uint8? "
-            "Store round(255 * image), or float32."
-        )
-    return images
 
 
 def _row_chunks(stored: h5py.Dataset) -> Iterator[slice]:

@@ -213,7 +213,9 @@ def test_images_of_another_type_are_refused(tmp_path: Path, dtype: str) -> None:
 
 def test_unit_range_images_cast_to_uint8_are_recognised(tmp_path: Path) -> None:
     cast = (bytes_images() / 255).astype(np.uint8)
-    with pytest.raises(DataError, match=r"no value of these uint8 images is above 1. Were images in \[0, 1\] cast"):
+    with pytest.raises(
+        DataError, match=r"no value of these whole-number images is above 1. Were images in \[0, 1\] cast"
+    ):
         read_images(store(tmp_path / "x.h5", cast))
 
 
