@@ -121,6 +121,28 @@ def test_files_that_are_no_images_are_skipped_and_listed(tmp_path: Path) -> None
     assert len(sets["train"]) == 8
 
 
+def test_images_in_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    """Notebooks and file managers keep copies there; one of them could be trained on and tested on."""
+    two_level(tmp_path)
+    paint(tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png", 0)
+    paint(tmp_path / "train" / "ant" / "more" / ".cache" / "deep" / "0.png", 0)
+    paint(tmp_path / "train" / "ant" / "more" / "9.png", 9)
+    assert ImageFolder(str(tmp_path), size=6)()["train"].class_counts().tolist() == [5, 4]
+
+
+def test_a_test_folder_without_a_training_folder_is_no_class(tmp_path: Path) -> None:
+    (two_level(tmp_path) / "train").rename(tmp_path / "Train")
+    with pytest.raises(DataError, match=r"has class folders in test, but no folder train"):
+        ImageFolder(str(tmp_path), size=6)()
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    for name in ("control", "test"):
+        for i in range(3):
+            paint(tmp_path / name / f"{i}.png", i)
+    assert ImageFolder(str(tmp_path), size=6)()["train"].class_names == ("control", "test")
+
+
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     path = two_level(tmp_path) / "train" / "ant" / "0.png"
     path.write_bytes(path.read_bytes()[:40])
