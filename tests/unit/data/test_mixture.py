@@ -160,3 +160,10 @@ def test_files_that_are_no_extra_data_are_refused(tmp_path: Path, images: Any, l
     np.savez(tmp_path / "x.npz", images=images, labels=labels)
     with pytest.raises(DataError, match=message):
         GeneratedImages(str(tmp_path / "x.npz"), classes=5)()
+
+
+def test_files_of_another_kind_are_refused_by_their_ending() -> None:
+    with pytest.raises(UserError, match=r"x\.h5: the ending must be one of \.npy, \.npz, got '\.h5'"):
+        GeneratedImages("x.h5", classes=5)
+    with pytest.raises(UserError, match=r"y\.txt: the ending must be one of"):
+        GeneratedImages("x.npy", labels="y.txt", classes=5)
