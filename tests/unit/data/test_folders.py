@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,11 +248,15 @@ def test_the_cache_is_used_until_a_file_or_a_setting_changes(tmp_path: Path, mon
         assert torch.equal(first[split].labels, second[split].labels)
         assert first[split].name == second[split].name
         assert first[split].class_names == second[split].class_names
-    ImageFolder(str(root), size=5, cache=str(cache))()
-    assert len(decoded) == 24
+    for number, change in enumerate(({"size": 5}, {"channels": 1}, {"resize": "squash"}), start=2):
+        ImageFolder(str(root), **{"size": 6, "cache": str(cache), **change})()
+        assert len(decoded) == 12 * number, change
     paint(root / "train" / "ant" / "9.png", 7)
     assert len(ImageFolder(str(root), size=6, cache=str(cache))()["train"]) == 9
-    assert len(decoded) == 37
+    assert len(decoded) == 61
+    os.utime(root / "train" / "ant" / "9.png", ns=(1, 1))  # as after an edit that keeps the length
+    ImageFolder(str(root), size=6, cache=str(cache))()
+    assert len(decoded) == 74
 
 
 def test_reading_leaves_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:

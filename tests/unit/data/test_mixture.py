@@ -62,6 +62,11 @@ def test_both_kinds_occur_at_every_place_of_the_batch() -> None:
     assert ((extra - 0.5).abs() < 5 * (0.25 / 200) ** 0.5).all()
 
 
+def test_the_seed_decides_which_extra_images_are_drawn() -> None:
+    one, again, other = (sorted(row for row in rows(next(stream(Streams(seed))).x) if row >= 100) for seed in (0, 0, 1))
+    assert one == again != other
+
+
 def test_an_epoch_is_as_long_as_without_extra_images() -> None:
     assert len(stream()) == 5
     assert len(stream(steps=391)) == 391
