@@ -43,8 +43,9 @@ def explained(error: BaseException) -> str | None:
     for seen in _chain(error):
         if isinstance(seen, MemoryError) or _is_torch_memory_error(seen):
             return (
-                f"Out of memory ({_first_line(seen)}). Lower dataset.batch_size or dataset.eval_batch_size "
-                "(evaluation and flatness use the latter), take a smaller model, or, on a GPU, trainer.precision=bf16. "
+                f"Out of memory ({_first_line(seen)}). Training: lower dataset.batch_size; attacks of an evaluation: "
+                "evaluation.attack_batch; flatness: evaluation.batch_size, which is part of its definition. "
+                "Or take a smaller model, or, on a GPU, trainer.precision=bf16. "
                 "What was saved is intact; the same command goes on from the last checkpoint."
             )
         if isinstance(seen, RuntimeError) and "does not have a deterministic implementation" in str(seen):

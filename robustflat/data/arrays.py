@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from robustflat.data.hdf5 import (
     nhwc_to_nchw,
     read_images,
     read_labels,
+    require_not_truncated,
     require_plausible_size,
     require_unit_range,
 )
@@ -28,6 +31,10 @@ from robustflat.errors import DataError, require_one_of, require_range
 
 LAYOUTS = ("auto", "nhwc", "nchw")
 SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
+_MALFORMED = (
+    OSError, ValueError, EOFError, SyntaxError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
 
@@ -46,7 +53,7 @@ class ArrayFiles:
         images_key, labels_key: names of the arrays inside .npz and .h5 files.
 
     Raises:
-        UserError: for an unknown layout, or if no images are given at all.
+        UserError: for an unknown layout, labels without images, or if no images are given at all.
     """
 
     def __init__(
@@ -66,6 +73,9 @@ class ArrayFiles:
         if classes is not None:
             require_range("classes", classes, low=1)
         given = {"train": (train_images, train_labels), "test": (test_images, test_labels)}
+        for split, (images, labels) in given.items():
+            if images is None and labels is not None:
+                raise DataError(f"{split}_labels={labels} without {split}_images: give both, or none.")
         self.files = {
             split: (Path(images).expanduser(), Path(labels or images).expanduser())
             for split, (images, labels) in given.items()
@@ -138,7 +148,7 @@ def open_array(path: Path, keys: Sequence[str]) -> NDArray[Any]:
         return array
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, SyntaxError, struct.error, zipfile.BadZipFile) as error:
+    except _MALFORMED as error:
         raise DataError(f"{path} is damaged or not a {path.suffix} file of numbers ({error}).") from error
 
 
@@ -189,17 +199,17 @@ def storable(path: Path, images: NDArray[Any]) -> NDArray[Any]:
     """Images as uint8 where nothing is lost, else as float32 in [0, 1].
 
     Raises:
-        DataError: for whole numbers outside 0..255 or floats outside [0, 1].
+        DataError: for whole numbers outside 0..255 or none above 1, or floats outside [0, 1].
     """
     if images.dtype == np.uint8:
-        return images
+        return require_not_truncated(path, images)
     if images.dtype.kind == "f":
         require_unit_range(path, images)
         eight_bit = as_eight_bit(images)
         return np.clip(images, 0, 1).astype(np.float32) if eight_bit is None else eight_bit
     if images.size and (images.min() < 0 or images.max() > 255):
         raise DataError(f"{path}: whole-number images must lie in 0..255, got {images.min()} to {images.max()}.")
-    return images.astype(np.uint8)
+    return require_not_truncated(path, images.astype(np.uint8))
 
 
 def _open_npz(path: Path, keys: Sequence[str]) -> NDArray[Any]:
@@ -207,7 +217,10 @@ def _open_npz(path: Path, keys: Sequence[str]) -> NDArray[Any]:
         present = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         chosen = [key for key in keys if key in present] or (present if len(present) == 1 else [])
         if not chosen:
-            raise DataError(f"{path} has no array {' or '.join(keys)}; it holds {', '.join(present) or 'none'}.")
+            raise DataError(
+                f"{path} has no array {' or '.join(keys)}; it holds {', '.join(present) or 'none'}. "
+                "Name it by images_key or labels_key."
+            )
         info = archive.getinfo(f"{chosen[0]}.npy")
         with archive.open(info) as member:
             shape, fortran, dtype = _read_header(member)
@@ -217,12 +230,10 @@ def _open_npz(path: Path, keys: Sequence[str]) -> NDArray[Any]:
             require_plausible_size(path, shape, dtype.itemsize)
             if info.file_size - header != math.prod(shape) * dtype.itemsize:
                 raise DataError(f"{path}: '{chosen[0]}' is damaged: its size does not fit its shape {shape}.")
-            order = "F" if fortran else "C"
             if info.compress_type != zipfile.ZIP_STORED:
-                content = member.read()
-                return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+                return np.frombuffer(member.read(), dtype).reshape(shape, order="F" if fortran else "C")
     start = _content_offset(path, info.header_offset) + header
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order="F" if order == "F" else "C")
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
 
 
 def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -37,7 +37,8 @@ class Dataset:
         test: split to evaluate on.
         augment: augmentations of training batches by name, applied in this order; an entry `None` is skipped.
         batch_size: training examples per step (labelled and extra ones together).
-        eval_batch_size: examples per batch wherever nothing is trained.
+        eval_batch_size: examples per batch where a script passes over a whole split; evaluations and flatness measures
+            have batch sizes of their own.
         threat: the customary threat models: norm ("linf", "l2", "l1") -> {"epsilon": ..., "step_size": ...}.
         subsets: splits that are customary for a purpose, by its name; configurations refer to them.
         device: where images live, such as "cpu" or "cuda".
@@ -47,7 +48,8 @@ class Dataset:
         steps_per_epoch: optimizer steps called an epoch when there is `extra`; `None`: as many as without it.
 
     Raises:
-        UserError: for a value out of range, a split that cannot be read, or a device that is not there.
+        UserError: for a value out of range, a split that cannot be read, `steps_per_epoch` without `extra`, or a device
+            that is not there.
     """
 
     def __init__(  # noqa: PLR0913  (the keys of one flat configuration node)
@@ -74,6 +76,11 @@ class Dataset:
         positive = {"classes": classes, "channels": channels, "batch_size": batch_size}
         for name, value in {**positive, "eval_batch_size": eval_batch_size}.items():
             require_range(f"dataset.{name}", value, low=1)
+        require_range("dataset.extra_fraction", extra_fraction, low=0, high=1, low_open=True, high_open=True)
+        if steps_per_epoch is not None:
+            require_range("dataset.steps_per_epoch", steps_per_epoch, low=1)
+            if extra is None:
+                raise UserError("dataset.steps_per_epoch is for training with dataset.extra; take trainer.epochs.")
         self.mean, self.std = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
         self.threat = _checked_threat(threat)
         self.subsets = dict(subsets or {})
@@ -118,9 +125,14 @@ class Dataset:
         """The extra training images, wherever their source keeps them; `None` without any.
 
         Raises:
-            DataError: if they cannot be opened.
+            DataError: if they cannot be opened, or the source has no set "train".
         """
-        return None if self.extra is None else self.extra()["train"]
+        if self.extra is None:
+            return None
+        pools = self.extra()
+        if "train" not in pools:
+            raise DataError(f"dataset.extra ({self.extra.name}) has no set train, only {', '.join(pools)}.")
+        return pools["train"]
 
     def split(self, text: str) -> ImageSet:
         """Any split of the source, on the device; see `robustflat.data.splits`.
@@ -215,6 +227,8 @@ def _checked_device(device: str) -> torch.device:
         raise UserError(
             f"device={device}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here. Use device=cpu."
         )
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device={device} is not there or not supported; use cpu, cuda or cuda:0.")
     return chosen
 
 

@@ -36,8 +36,9 @@ class ImageFolder:
     """Images in class sub-folders: `root/train/<class>/*` and `root/test/<class>/*` (or `val`), or `root/<class>/*`.
 
     With one level only, a fixed part of each class becomes the test set. Classes are numbered in alphabetical
-    order; the images of a set are in a fixed mixed order, so a split such as "test[:100]" has all classes. Images
-    are turned upright (EXIF), converted to grey or RGB, and resized (bicubic, antialiased).
+    order; the images of a set are in a fixed mixed order, so a split such as "test[:100]" has all classes. Hidden
+    files and folders are left out. Images are turned upright (EXIF), converted to grey or RGB, and resized (bicubic,
+    antialiased).
 
     Args:
         root: the folder.
@@ -82,7 +83,8 @@ class ImageFolder:
 
         Raises:
             DataError: for a missing folder, no images, an image that cannot be read, is too large or has more than
-                8 bits, a symbolic link that leaves the folder, or a test class that training does not have.
+                8 bits, a symbolic link that leaves the folder, a test class that training does not have, or class
+                folders for testing and none for training.
         """
         class_names, files = self._listed()
         folder = self._cache_folder(files)
@@ -112,6 +114,8 @@ class ImageFolder:
             raise DataError(f"There is no folder {self.root}. Set dataset.source.root to the folder of your images.")
         test_name = next((name for name in ("test", "val") if (self.root / name).is_dir()), None)
         if not (self.root / "train").is_dir():
+            if test_name is not None and any(path.is_dir() for path in (self.root / test_name).iterdir()):
+                raise DataError(f"{self.root} has class folders in {test_name}, but no folder train.")
             class_names = _class_names(self.root)
             return class_names, self._divided(self._found(self.root, class_names))
         class_names = _class_names(self.root / "train")
@@ -129,7 +133,8 @@ class ImageFolder:
             for path in sorted((folder / class_name).rglob("*")):
                 if not path.resolve().is_relative_to(inside):
                     raise DataError(f"{path} is a link that leaves {self.root}; such links are never followed.")
-                if not path.is_file() or path.name.startswith("."):
+                hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+                if hidden or not path.is_file():
                     continue
                 if path.suffix.lower() in ENDINGS:
                     files.append(_File(path, label))
@@ -223,7 +228,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _mixed(files: Iterable[_File]) -> list[_File]:
-    """A fixed order that mixes the classes: by a hash of class folder and file name."""
+    """A fixed order that mixes the classes: by a hash of the number of the class and the file name."""
     return sorted(files, key=lambda f: hashlib.sha256(f"{f.label}/{f.path.name}".encode()).digest())
 
 

@@ -7,6 +7,7 @@ memory is taken.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ MAX_BYTES = 64 * 2**30
 """Largest array that is read: 64 GiB, ten times the 500,000 extra images as float32."""
 
 _CHUNK_BYTES = 64 * 2**20
+_HEADER_BYTES = 2**14
 _REARRANGED_BYTES = 2**22
 _MAX_COMPRESSION = 2000  # deflate cannot pack more than about 1,030 : 1
 _MIN_DECLARED = 16 * 2**20  # below this a wrong declaration does no harm
@@ -95,16 +97,17 @@ def write_set(folder: Path, split: str, data: ImageSet) -> None:
 def write_array(path: Path, array: NDArray[np.generic]) -> None:
     """Write `array` as the array `tensor` of a new HDF5 file at `path`, replacing what was there.
 
-    The file is written beside `path` under another name and renamed: a killed process leaves the old file.
+    The file is written beside `path` under another name and renamed: a killed process or a full disk leaves the old
+    file.
 
     Raises:
-        DataError: if the folder cannot be written.
+        DataError: if the folder cannot be written, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _written_beside(path) as temporary, h5py.File(temporary, "w") as file:
+        with _written_beside(path, array.nbytes) as temporary, h5py.File(temporary, "w") as file:
             file.create_dataset(KEY, data=array)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of h5py, where the disk is full
         raise DataError(f"Cannot write {path}: {error}") from error
 
 
@@ -117,7 +120,7 @@ def read_images(path: Path, key: str = KEY) -> NDArray[np.uint8] | NDArray[np.fl
     with _opened_array(path, key) as stored:
         _require_image_shape(path, stored.shape)
         if stored.dtype == np.uint8:
-            return _require_not_truncated(path, _read_all(path, stored))
+            return require_not_truncated(path, _read_all(path, stored))
         if stored.dtype.kind != "f":
             raise DataError(
                 f"{path}: images must be uint8 or floating point, got {stored.dtype}. "
@@ -190,6 +193,20 @@ def require_unit_range(path: Path, values: NDArray[Any]) -> None:
         )
 
 
+def require_not_truncated(path: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same images; 0..1 images that were cast to uint8, which leaves zeros and a few ones, are refused.
+
+    Raises:
+        DataError: if no value is above 1.
+    """
+    if images.size and int(images.max()) <= 1:
+        raise DataError(
+            f"{path}: no value of these whole-number images is above 1. Were images in [0, 1] cast? "
+            "Store round(255 * image) as uint8, or float32."
+        )
+    return images
+
+
 @contextmanager
 def _opened_array(path: Path, key: str) -> Iterator[h5py.Dataset]:
     if not path.is_file():
@@ -231,16 +248,6 @@ def _require_image_shape(path: Path, shape: tuple[int, ...]) -> None:
             f"{path}: images must have shape N x H x W x C (channels last), got {_shape(shape)}, "
             "which looks like channels first. Transpose the array with (0, 2, 3, 1)."
         )
-
-
-def _require_not_truncated(path: Path, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Refuse 0..1 images that were cast to uint8, which leaves nothing but zeros and a few ones."""
-    if images.size and int(images.max()) <= 1:
-        raise DataError(
-            f"{path}: no value of these uint8 images is above 1. Were images in [0, 1] cast to uint8? "
-            "Store round(255 * image), or float32."
-        )
-    return images
 
 
 def _row_chunks(stored: h5py.Dataset) -> Iterator[slice]:
@@ -288,15 +295,28 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArr
 
 
 @contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
+def _written_beside(path: Path, size: int) -> Iterator[Path]:
+    """A file to write about `size` bytes into, which takes the place of `path` at the end."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
     try:
+        with os.fdopen(handle) as file:
+            _require_room(file.fileno(), size + _HEADER_BYTES)
         yield Path(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _require_room(handle: int, size: int) -> None:
+    """Raise OSError where the system refuses a file of that size: HDF5 may crash on writes that fail half-way."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # any other: the file system cannot tell
+            raise
 
 
 def _umask() -> int:

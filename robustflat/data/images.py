@@ -105,9 +105,8 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`; the very same object if it is there already."""
-        if self.images.device == torch.device(device):
-            return self
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        images = self.images.to(device)  # itself where "cuda" is cuda:0
+        return self if images is self.images else replace(self, images=images, labels=self.labels.to(device))
 
     def subset(self, rows: slice | Tensor, name: str | None = None) -> ImageSet:
         """The examples that `rows` picks: a slice (any step) or an index tensor int64 (M,), in its order.

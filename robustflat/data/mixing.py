@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,13 @@ class MixUp:
         alpha: > 0; small values mix little, 1 draws the share uniformly.
 
     Raises:
-        UserError: for an alpha that is not positive.
+        UserError: for an alpha that is not positive or not finite.
     """
 
     mixes_labels = True
 
     def __init__(self, *, alpha: float = 1.0) -> None:
-        require_range("alpha", alpha, low=0.0, low_open=True, hint="To mix nothing leave MixUp out.")
+        _require_alpha(alpha, "MixUp")
         self.alpha = alpha
 
     def draw(self, x: Tensor, generator: torch.Generator) -> MixDraw:
@@ -76,13 +77,13 @@ class CutMix:
         alpha: > 0; 1 draws the area before cutting off uniformly.
 
     Raises:
-        UserError: for an alpha that is not positive.
+        UserError: for an alpha that is not positive or not finite.
     """
 
     mixes_labels = True
 
     def __init__(self, *, alpha: float = 1.0) -> None:
-        require_range("alpha", alpha, low=0.0, low_open=True, hint="To mix nothing leave CutMix out.")
+        _require_alpha(alpha, "CutMix")
         self.alpha = alpha
 
     def draw(self, x: Tensor, generator: torch.Generator) -> tuple[MixDraw, Boxes]:
@@ -128,6 +129,11 @@ def label_probabilities(y: Tensor, classes: int, x: Tensor) -> Tensor:
     if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise UserError(f"labels must lie in 0..{classes - 1}, got {int(y.min())}..{int(y.max())}.")
     return (y.unsqueeze(1) == torch.arange(classes, device=y.device)).to(x.dtype)
+
+
+def _require_alpha(alpha: float, name: str) -> None:
+    hint = f"To mix nothing leave {name} out."
+    require_range("alpha", alpha, low=0.0, high=math.inf, low_open=True, high_open=True, hint=hint)
 
 
 def _mix_draw(alpha: float, x: Tensor, generator: torch.Generator) -> MixDraw:

@@ -105,6 +105,9 @@ class GeneratedImages:
         layout: "nhwc", "nchw" or "auto".
         name: what the extra data is called.
         images_key, labels_key: names of the arrays in the .npz; default: customary ones are tried.
+
+    Raises:
+        UserError: for an unknown layout, classes below 1, or files with another ending.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class GeneratedImages:
         require_range("classes", classes, low=1)
         self.images = Path(images).expanduser()
         self.labels = Path(labels or images).expanduser()
+        for path in (self.images, self.labels):
+            require_one_of(f"{path}: the ending", path.suffix, (".npy", ".npz"))
         self.classes, self.layout, self.name = classes, layout, name
         self.images_key, self.labels_key = images_key, labels_key
 

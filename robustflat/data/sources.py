@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -113,7 +114,7 @@ class Synthetic:
         sizes = {"classes": classes, "size": size, "channels": channels, "count": count, "test_count": test_count}
         for name, value in sizes.items():
             require_range(name, value, low=1)
-        require_range("noise", noise, low=0)
+        require_range("noise", noise, low=0, high=math.inf, high_open=True)
         self.classes, self.size, self.channels, self.noise, self.seed = classes, size, channels, noise, seed
         self.counts = {"train": count, "test": test_count}
 

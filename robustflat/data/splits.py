@@ -178,7 +178,8 @@ def _bound(split: Split, text: str | None, count: int) -> int | None:
     if text.endswith("%"):
         percent = float(text[:-1])
         require_range(f"The percentage in '{split.text}'", abs(percent), low=0, high=100)
-        return round(count * percent / 100)
+        place = round(count * percent / 100)
+        return count + place if text.startswith("-") else place  # a few per cent of few examples may be none
     value = int(text)
     if abs(value) > count and not (split.step < 0 and value == -count - 1):
         raise UserError(

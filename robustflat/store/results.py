@@ -12,9 +12,9 @@ places are refused, and sizes are checked before memory is taken. docs/results.m
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -179,12 +179,15 @@ class ResultStore:
         temporary = Path(name)
         try:
             exists = self.path.exists()
-            if exists:
-                shutil.copyfile(self.path, temporary)
-            with _explained(self.path, writing=True), h5py.File(temporary, "r+" if exists else "w") as file:
+            # in memory, as HDF5 crashes the process when it closes a file that the disk has no room for
+            content = io.BytesIO(self.path.read_bytes() if exists else b"")
+            with _explained(self.path, writing=True), h5py.File(content, "r+" if exists else "w") as file:
                 file.attrs["format"] = FORMAT
                 yield file
-            _sync(temporary)
+            with temporary.open("wb") as written:
+                written.write(content.getbuffer())
+                written.flush()
+                os.fsync(written.fileno())
             os.chmod(temporary, self.path.stat().st_mode if exists else 0o644)
             os.replace(temporary, self.path)
         except OSError as error:
@@ -284,8 +287,3 @@ def _plain(value: object) -> bool | int | float | str | None:
     if isinstance(value, np.generic):
         value = value.item()
     return value if isinstance(value, bool | int | float | str) else None
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -197,6 +197,14 @@ FILES: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
+def test_a_folder_of_images_is_read_in_grey(compose: Compose, tmp_path: Path) -> None:
+    grey = ["dataset.channels=1", "dataset.mean=[0.5]", "dataset.std=[0.25]"]
+    config = compose("dataset=image_folder", "device=cpu", *image_folder(tmp_path), *grey)
+    data = build(config.dataset)
+    assert isinstance(data, Dataset)
+    assert data.train.image_shape == (1, 32, 32)
+
+
 def test_every_data_file_is_tried_here() -> None:
     assert set(DATASETS) == set(FILES)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from robustflat.apps.compare import compare_runs
 from robustflat.loggers.ledger import read_ledger
@@ -61,6 +63,10 @@ def test_out_of_memory_names_the_batch_size_and_the_run_goes_on_later(cli, tmp_p
     require_clean_failure(answer, tmp_path)
     assert "dataset.batch_size" in answer.err
     assert cli(*TINY).code == 0
+    config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
+    advised = re.findall(r"\b(dataset|evaluation|trainer)\.(\w+)", answer.err)
+    assert len(advised) >= 3
+    assert all(key in config[group] for group, key in advised)
 
 
 def test_real_memory_that_runs_out_gets_the_same_sentence(cli, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from robustflat.explanation import BACKWARD, FORWARD, INPUT_BACKWARD, NOTHING, unknown_cost
@@ -36,6 +38,13 @@ def test_nothing_adds_nothing():
     assert NOTHING + FORWARD == FORWARD == FORWARD + NOTHING
     assert str(NOTHING) == "nothing" == NOTHING.numbers()
     assert NOTHING.times(3, "n", n=3) == NOTHING
+
+
+def test_a_bound_stays_a_bound():
+    bound = dataclasses.replace(FORWARD, at_most=True)
+    for cost in (bound + BACKWARD, BACKWARD + bound, bound.times(2, "2") + BACKWARD):
+        assert cost.numbers().startswith("at most ")
+    assert not (FORWARD + BACKWARD).numbers().startswith("at most")
 
 
 @pytest.mark.parametrize("cost", [unknown_cost("X") + FORWARD, FORWARD + unknown_cost("X").times(2, "2")])

@@ -121,6 +121,30 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path) -> None:
         open_array(tmp_path / "x.npz", ["images"])
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_inside_a_compressed_npz_is_called_damage(tmp_path: Path, method: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 5, (200, 8, 8, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    np.save(content, noise)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("images.npy", content.getvalue())
+    whole = (tmp_path / "x.npz").read_bytes()
+    for place in range(200, 6000, 290):
+        (tmp_path / "x.npz").write_bytes(whole[:place] + bytes(40) + whole[place + 40 :])
+        with pytest.raises(DataError, match=r"x\.npz is damaged"):
+            open_array(tmp_path / "x.npz", ["images"])
+
+
+def test_an_encrypted_npz_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=IMAGES)
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of encryption
+    content[6] |= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.npz is damaged .*encrypted"):
+        open_array(tmp_path / "x.npz", ["images"])
+
+
 def test_an_npz_that_declares_more_than_it_holds_is_refused(tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"shape": (10**7, 32, 32, 3), "fortran_order": False, "descr": "|u1"})
@@ -144,6 +168,9 @@ def test_a_shape_without_channels_asks_for_the_layout(tmp_path: Path) -> None:
     [
         (IMAGES * 1.0, LABELS, r"must lie in \[0, 1\]"),
         (IMAGES.astype(int) + 200, LABELS, r"must lie in 0\.\.255, got 200"),
+        (IMAGES > 127, LABELS, r"no value of these whole-number images is above 1"),
+        (IMAGES // 255, LABELS, r"no value of these whole-number images is above 1"),
+        (IMAGES.astype(int) // 128, LABELS, r"no value of these whole-number images is above 1"),
         (IMAGES, LABELS * 0.5, "labels must be whole numbers"),
         (IMAGES, np.eye(6, dtype=int), "labels must be whole numbers of shape N or N x 1"),
         (IMAGES, LABELS[:5], "6 images, but 5 labels"),
@@ -162,6 +189,8 @@ def test_arrays_that_are_no_data_set_are_refused(tmp_path: Path, images: Any, la
 def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give train_images or test_images"):
         ArrayFiles()
+    with pytest.raises(UserError, match=r"test_labels=y\.npy without test_images"):
+        ArrayFiles(train_images="x.npy", train_labels="y.npy", test_labels="y.npy")
     with pytest.raises(UserError, match="layout must be one of auto, nchw, nhwc"):
         ArrayFiles(train_images="x.npy", layout="hwc")
     with pytest.raises(DataError, match="There is no file"):

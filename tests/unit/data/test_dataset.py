@@ -101,6 +101,9 @@ def test_image_sizes_that_disagree_are_refused_with_both_numbers() -> None:
         ({"threat": {"linf": {"epsilon": -0.1}}}, r"dataset\.threat\.linf\.epsilon must lie in"),
         ({"device": "gpu"}, "device=gpu is none that PyTorch knows"),
         ({"device": "cuda:99"}, r"device=cuda:99, but PyTorch finds \d+ CUDA devices here"),
+        ({"device": "meta"}, "device=meta is not there or not supported"),
+        ({"extra_fraction": 1.0}, r"dataset\.extra_fraction must lie in \(0, 1\), got 1.0"),
+        ({"steps_per_epoch": 3}, r"dataset\.steps_per_epoch is for training with dataset\.extra"),
         ({"augment": {"crop": 4}}, r"augment\.crop must be an augmentation"),
     ],
 )
@@ -145,6 +148,15 @@ def test_extra_images_are_mixed_into_training_batches() -> None:
     assert (len(stream), stream.num_extra) == (7, 4)
     assert next(stream).x.shape == (8, 3, 6, 6)
     assert "100 images, 50% of each batch" in data.describe()
+
+
+def test_an_extra_source_without_training_images_is_refused() -> None:
+    class TestOnly(Counting):
+        def __call__(self) -> Mapping[str, ImageSet]:
+            return {"test": super().__call__()["test"]}
+
+    with pytest.raises(DataError, match=r"dataset\.extra \(counting\) has no set train, only test"):
+        dataset(extra=TestOnly()).train_stream(Streams(0))
 
 
 def test_the_constructor_is_a_schema_that_a_configuration_can_be_checked_against() -> None:

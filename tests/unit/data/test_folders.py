@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,28 @@ def test_files_that_are_no_images_are_skipped_and_listed(tmp_path: Path) -> None
     assert len(sets["train"]) == 8
 
 
+def test_images_in_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    """Notebooks and file managers keep copies there; one of them could be trained on and tested on."""
+    two_level(tmp_path)
+    paint(tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png", 0)
+    paint(tmp_path / "train" / "ant" / "more" / ".cache" / "deep" / "0.png", 0)
+    paint(tmp_path / "train" / "ant" / "more" / "9.png", 9)
+    assert ImageFolder(str(tmp_path), size=6)()["train"].class_counts().tolist() == [5, 4]
+
+
+def test_a_test_folder_without_a_training_folder_is_no_class(tmp_path: Path) -> None:
+    (two_level(tmp_path) / "train").rename(tmp_path / "Train")
+    with pytest.raises(DataError, match=r"has class folders in test, but no folder train"):
+        ImageFolder(str(tmp_path), size=6)()
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    for name in ("control", "test"):
+        for i in range(3):
+            paint(tmp_path / name / f"{i}.png", i)
+    assert ImageFolder(str(tmp_path), size=6)()["train"].class_names == ("control", "test")
+
+
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     path = two_level(tmp_path) / "train" / "ant" / "0.png"
     path.write_bytes(path.read_bytes()[:40])
@@ -225,11 +248,15 @@ def test_the_cache_is_used_until_a_file_or_a_setting_changes(tmp_path: Path, mon
         assert torch.equal(first[split].labels, second[split].labels)
         assert first[split].name == second[split].name
         assert first[split].class_names == second[split].class_names
-    ImageFolder(str(root), size=5, cache=str(cache))()
-    assert len(decoded) == 24
+    for number, change in enumerate(({"size": 5}, {"channels": 1}, {"resize": "squash"}), start=2):
+        ImageFolder(str(root), **{"size": 6, "cache": str(cache), **change})()
+        assert len(decoded) == 12 * number, change
     paint(root / "train" / "ant" / "9.png", 7)
     assert len(ImageFolder(str(root), size=6, cache=str(cache))()["train"]) == 9
-    assert len(decoded) == 37
+    assert len(decoded) == 61
+    os.utime(root / "train" / "ant" / "9.png", ns=(1, 1))  # as after an edit that keeps the length
+    ImageFolder(str(root), size=6, cache=str(cache))()
+    assert len(decoded) == 74
 
 
 def test_reading_leaves_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:

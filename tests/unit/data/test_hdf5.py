@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,9 @@ def test_images_of_another_type_are_refused(tmp_path: Path, dtype: str) -> None:
 
 def test_unit_range_images_cast_to_uint8_are_recognised(tmp_path: Path) -> None:
     cast = (bytes_images() / 255).astype(np.uint8)
-    with pytest.raises(DataError, match=r"no value of these uint8 images is above 1. Were images in \[0, 1\] cast"):
+    with pytest.raises(
+        DataError, match=r"no value of these whole-number images is above 1. Were images in \[0, 1\] cast"
+    ):
         read_images(store(tmp_path / "x.h5", cast))
 
 
@@ -265,6 +269,23 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="Cannot write"):
         write_array(tmp_path / "file" / "x.h5", bytes_images())
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_a_write_that_the_system_refuses_half_way_leaves_the_old_file(tmp_path: Path, size: int) -> None:
+    """As a full disk: the system lets no file grow beyond `size` bytes."""
+    path = tmp_path / "x.h5"
+    write_array(path, bytes_images(seed=1))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"Cannot write .*x\.h5: .*File too large"):
+            write_array(path, bytes_images(500, seed=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
+    assert np.array_equal(read_images(path), bytes_images(seed=1))
 
 
 def test_rearranging_some_rows_at_a_time_equals_a_transposition(monkeypatch: pytest.MonkeyPatch) -> None:

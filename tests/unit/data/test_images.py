@@ -266,6 +266,12 @@ def test_images_are_the_same_bits_on_the_gpu() -> None:
 
 
 @pytest.mark.gpu
+def test_moving_to_cuda_twice_returns_the_same_object() -> None:
+    data = numbered(3).to("cuda")
+    assert data.to("cuda") is data
+
+
+@pytest.mark.gpu
 def test_a_stream_on_the_gpu_visits_every_example_once() -> None:
     stream = numbered(12).to("cuda").stream(4, None, Streams(0, "cuda"))
     assert sorted(row for _ in range(3) for row in rows_of(next(stream).x)) == list(range(12))

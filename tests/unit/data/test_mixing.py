@@ -128,7 +128,8 @@ def test_labels_that_do_not_fit_are_refused(y: Tensor, text: str) -> None:
         CutMix()(batch()[0], y, CLASSES, seeded())
 
 
+@pytest.mark.parametrize("alpha", [0.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("make", [MixUp, CutMix])
-def test_an_alpha_of_zero_is_refused(make: type[MixUp]) -> None:
-    with pytest.raises(UserError, match=r"alpha must lie in \(0, inf\), got 0.0. To mix nothing leave"):
-        make(alpha=0.0)
+def test_an_impossible_alpha_is_refused(make: type[MixUp], alpha: float) -> None:
+    with pytest.raises(UserError, match=rf"alpha must lie in \(0, inf\), got {alpha}. To mix nothing leave"):
+        make(alpha=alpha)

@@ -62,6 +62,11 @@ def test_both_kinds_occur_at_every_place_of_the_batch() -> None:
     assert ((extra - 0.5).abs() < 5 * (0.25 / 200) ** 0.5).all()
 
 
+def test_the_seed_decides_which_extra_images_are_drawn() -> None:
+    one, again, other = (sorted(row for row in rows(next(stream(Streams(seed))).x) if row >= 100) for seed in (0, 0, 1))
+    assert one == again != other
+
+
 def test_an_epoch_is_as_long_as_without_extra_images() -> None:
     assert len(stream()) == 5
     assert len(stream(steps=391)) == 391
@@ -160,3 +165,10 @@ def test_files_that_are_no_extra_data_are_refused(tmp_path: Path, images: Any, l
     np.savez(tmp_path / "x.npz", images=images, labels=labels)
     with pytest.raises(DataError, match=message):
         GeneratedImages(str(tmp_path / "x.npz"), classes=5)()
+
+
+def test_files_of_another_kind_are_refused_by_their_ending() -> None:
+    with pytest.raises(UserError, match=r"x\.h5: the ending must be one of \.npy, \.npz, got '\.h5'"):
+        GeneratedImages("x.h5", classes=5)
+    with pytest.raises(UserError, match=r"y\.txt: the ending must be one of"):
+        GeneratedImages("x.npy", labels="y.txt", classes=5)

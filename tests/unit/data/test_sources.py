@@ -99,6 +99,12 @@ def test_synthetic_sizes_below_one_are_refused_by_name(name: str) -> None:
         Synthetic(**{name: 0})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("noise", [-0.1, float("inf")])
+def test_impossible_noise_is_refused(noise: float) -> None:
+    with pytest.raises(UserError, match="noise must lie in"):
+        Synthetic(noise=noise)
+
+
 @pytest.mark.parametrize("folder", ["cifar10", "Cifar10"])
 def test_cifar10_is_read_under_our_name_and_that_of_the_released_code(tmp_path: Path, folder: str) -> None:
     write_colour(tmp_path / folder)

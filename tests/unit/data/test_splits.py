@@ -49,6 +49,8 @@ def rows(data: ImageSet) -> list[int]:
         ("train[-100:]", slice(None)),
         ("train[:25%]", slice(None, 25)),
         ("train[-10%:]", slice(-10, None)),
+        ("train[:-0.1%]", slice(None)),
+        ("train[-1:-11%:-1]", slice(-1, -11, -1)),
         ("train[12.5%:50%]", slice(12, 50)),
     ],
 )
@@ -88,7 +90,8 @@ def test_bounds_beyond_the_end_are_refused(text: str) -> None:
         select(source(), text)
 
 
-@pytest.mark.parametrize("text", ["test[5:5]", "test[:0]", "test[40:]", "test[20:10]", "test[:1%]", "test[:-40]"])
+@pytest.mark.parametrize("text", ["test[5:5]", "test[:0]", "test[40:]", "test[20:10]", "test[:1%]", "test[:-40]",
+                                  "test[-1%:]", "test[-0%:]", "test[:-100%]"])  # fmt: skip
 def test_an_empty_split_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is empty: test has 40 examples"):
         select(source(), text)

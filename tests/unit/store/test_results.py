@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 
 import h5py
 import numpy as np
@@ -107,6 +109,22 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_file(store, monkeypatch):
     with pytest.raises(UserError, match=r"No space left.*intact"):
         store.write("b", {"x": LOGITS}, {"key": "k"})
     assert store.names() == ["a"]
+
+
+@pytest.mark.parametrize("size", [3_000, 30_000, 300_000])
+def test_a_write_that_the_system_refuses_half_way_is_a_sentence_and_keeps_the_file(store, size):
+    """As a full disk: no file may grow beyond `size` bytes. HDF5 itself crashes the process there."""
+    store.write("a", {"x": LOGITS}, {"key": "k"})
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"Cannot write .*results\.h5: File too large\..* is intact"):
+            store.write("b", {"x": np.random.default_rng(0).random((6000, 10))}, {"key": "k"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert store.names() == ["a"]
+    assert [p.name for p in store.path.parent.iterdir()] == ["results.h5"]
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"\x00" * 600 + b[600:], lambda b: b"hello"])
