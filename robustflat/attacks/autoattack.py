@@ -54,10 +54,10 @@ class AutoAttack:
     Versions: "standard" is APGD-CE, targeted APGD-DLR, targeted FAB (one run for each of 9 targets, 100 steps each)
     and Square (5,000 queries); "plus" adds untargeted APGD-DLR and FAB, with 5 restarts, and 5 restarts of APGD-CE;
     "rand", for models that draw random numbers, is APGD-CE and APGD-DLR with every step and every judgement an
-    average of 20 passes; "custom" runs the `attacks` named. In L1, APGD first searches larger balls; the authors'
-    "standard" for L1 runs APGD-CE 5 times and targeted APGD towards 5 classes, ours once and towards 9. With K < 10
-    classes there are K - 1 targets; the DLR loss with 3 classes leaves out the fourth logit, with 2 it is the
-    margin, undivided (see `objectives`).
+    average of 20 passes; "custom" runs the `attacks` named. In L1, APGD first searches larger balls, and "standard"
+    runs APGD-CE 5 times and targeted APGD-DLR towards 5 classes, as published. With K < 10 classes there are at most
+    K - 1 targets; the DLR loss with 3 classes leaves out the fourth logit, with 2 it is the margin, undivided (see
+    `objectives`).
 
     Only examples that every attack so far has left are attacked, packed into full batches, and one leaves the
     search as soon as it is broken. Broken means: misclassified by the plain model in float32, inside ball and box

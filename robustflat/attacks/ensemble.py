@@ -38,6 +38,7 @@ EOT = 20
 """Passes that the version "rand" averages."""
 
 _RESTARTS = 5
+_L1_TARGETS = 5
 
 
 class Hunter(Protocol):
@@ -84,9 +85,10 @@ def attack_names(version: str, attacks: Sequence[str] | None, budget: str) -> tu
 
 def member(name: str, ball: InputBall, *, version: str = "standard") -> Hunter:
     """The attack called `name`, one of `ATTACKS`, with the settings that the version gives it."""
-    restarts = _RESTARTS if version == "plus" else 1
-    eot = EOT if version == "rand" else 1
     wide = ball.norm == "l1"
+    published_l1 = wide and version == "standard"  # the one norm in which "standard" has other numbers
+    restarts = _RESTARTS if version == "plus" or published_l1 else 1
+    eot = EOT if version == "rand" else 1
     if name == "square":
         return Square(ball, stop_when_fooled=True)
     if name in ("fab", "fab-t"):
@@ -96,6 +98,7 @@ def member(name: str, ball: InputBall, *, version: str = "standard") -> Hunter:
     return AutoPgd(
         ball,
         objective=objective,
+        targets=_L1_TARGETS if published_l1 else 9,
         restarts=1 if name == "apgd-t" else restarts,
         eot=eot,
         wide_start=wide,

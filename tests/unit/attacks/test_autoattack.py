@@ -292,6 +292,11 @@ def test_versions_have_the_published_members() -> None:
     targeted = member("apgd-t", ball)
     assert isinstance(targeted, AutoPgd)
     assert (targeted.steps, targeted.restarts, targeted.targets) == (100, 1, 9)
+    for norm, expected in ((ball, (1, 9)), (L1Ball(12.0), (5, 5))):
+        plain, towards = (member(name, norm) for name in ("apgd-ce", "apgd-t"))
+        assert isinstance(plain, AutoPgd)
+        assert isinstance(towards, AutoPgd)
+        assert (plain.restarts, towards.targets, towards.restarts) == (*expected, 1)
     several = member("apgd-ce", ball, version="plus")
     assert isinstance(several, AutoPgd)
     assert several.restarts == 5
