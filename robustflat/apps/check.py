@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from robustflat.apps.config import Root
 from robustflat.errors import UserError
 
-TRUSTED = ("robustflat", "torch.nn", "torch.optim", "torchvision.models")
+TRUSTED = ("robustflat", "torch.nn", "torch.optim", "torchvision.models", "torchvision.transforms")
 """Packages and parts of packages that a configuration may take classes and functions from. Not all of torch: it has
 functions that run text as code (`torch.fx.graph_module`), compile it, or write files (`torch.save`)."""
 

@@ -101,7 +101,7 @@ def write_table(table: pd.DataFrame, path: str | Path, *, digits: int = 4) -> No
         if ending == "parquet":
             table.to_parquet(temporary, index=False)
         else:
-            temporary.write_text(as_text(table, ending, digits=digits))
+            temporary.write_text(as_text(table, ending, digits=digits), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error

@@ -119,7 +119,10 @@ def test_a_trusted_path_that_leads_outside_is_refused(target):
         resolve_target(target)
 
 
-@pytest.mark.parametrize("target", ["torch.nn.Linear", "torch.optim.SGD", "torchvision.models.resnet18"])
+@pytest.mark.parametrize(
+    "target",
+    ["torch.nn.Linear", "torch.optim.SGD", "torchvision.models.resnet18", "torchvision.transforms.v2.RandomErasing"],
+)
 def test_layers_optimizers_and_models_of_torch_are_trusted(target):
     assert callable(resolve_target(target))
 
