@@ -95,9 +95,7 @@ def run_study(
     if config.jobs is not None:
         require_range("jobs", config.jobs, low=1)
     study = study_of(config, name)
-    study_page(
-        study.title, study.question, [], dict(study.report)
-    )  # refuses what is wrong there: before hours of training
+    study_page(study.title, study.question, [], dict(study.report))  # refuses what is wrong before hours of training
     refuse_special(config.overrides, "overrides")
     refuse_special(config.evaluation_overrides, "evaluation_overrides", evaluation=True)
     trusted = [f"trusted_packages=[{','.join(config.trusted_packages)}]"] if config.trusted_packages else []
