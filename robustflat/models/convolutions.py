@@ -113,6 +113,10 @@ class _Packed:
         self._weight, self._settings, self._change = weight, settings, change
         self._packed, self._version = weight, -1
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the packed weights, which cannot be copied: a copy packs its own."""
+        return self.__dict__ | {"_packed": self._weight, "_version": -1}
+
     def for_images(self, x: Tensor) -> Tensor:
         """The weights, in an order that suits images like these, or others that were first."""
         if self._version != self._weight._version:

@@ -117,6 +117,9 @@ def fused(network: InferenceModel, example: Tensor) -> nn.Module:
     """
     if not network.channels_last or network.dtype not in _TYPES or not _suits(example):
         return network
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return fused(network, example.clone())
     counters = nn.Module()
     count_instead(network, onto=counters)  # neither tracing nor comparing is a pass of the search
     result = _fused(network, example) or network

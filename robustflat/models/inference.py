@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -102,6 +103,10 @@ def rewrite(
         UserError: for another precision, a model that cannot be copied, or one that bf16 changes beyond use.
     """
     require_one_of("precision", precision, PRECISIONS)
+    if torch.is_inference_mode_enabled():  # whose tensors do not say when they are changed
+        with torch.inference_mode(False):
+            again = functools.partial(rewrite, precision=precision, channels_last=channels_last)
+            return again(model, example.clone(), fold_batch_norm=fold_batch_norm, check_half=check_half)
     plain = _logits(model, example)
     notes: list[str] = []
     network = _copy(model)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.models.convolutions import Forward, InputGradient, can_convolve
-from robustflat.models.fused import Fused, fused
+from robustflat.models.fused import Fused, fast_copy, fused
 from robustflat.models.inference import rewrite
 from robustflat.models.mirror import Mirror
 from robustflat.models.passes import PassCounter, Passes
@@ -168,6 +168,17 @@ def test_follows_weights() -> None:
     assert_close(torch.autograd.grad(found.sum(), point)[0], grad)
 
 
+def test_copies_follow_their_own_weights() -> None:
+    ours = fused_copy(resnet18(channels=8, **COLOURS).eval())
+    before = ours.run(images())
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    assert torch.equal(ours.run(images()), before)
+    assert torch.equal(other.run(images()), other.network(images()))
+
+
 def test_second_derivatives_are_refused() -> None:
     ours = fused_copy(resnet18(channels=8, **COLOURS).eval())
     point = images().requires_grad_()
@@ -279,6 +290,17 @@ def test_types_devices_and_little_work_are_the_networks(monkeypatch: pytest.Monk
     ours(images())
     double = rewrite(resnet_tiny(in_channels=3, classes=5).double().eval(), images(2).double())
     assert fused(double, images(2).double()) is double
+
+
+def test_inference_mode_makes_and_runs_it() -> None:
+    torch.manual_seed(0)
+    model = resnet18(channels=8, **COLOURS).eval()
+    with torch.inference_mode():
+        ours = fast_copy(model, images(2), "fp32")
+        assert isinstance(ours, Fused)
+        logits = ours.run(images())
+    assert_close(logits.clone(), in_float64(model, images(), torch.ones(6, 5))[0])
+    assert_close(ours.run(images()), logits.clone())
 
 
 @pytest.mark.parametrize("size", [0, 2**20])
