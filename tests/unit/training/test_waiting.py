@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustflat.attacks import captured, judging, pgd
+from robustflat.attacks import captured, judging, noise, pgd
 from robustflat.attacks.pgd import Pgd
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.resnet import resnet_tiny
@@ -52,7 +52,7 @@ def one_hot(y: Tensor, classes: int) -> Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (captured, judging, pgd):
+    for module in (captured, judging, noise, pgd):
         for check in ("check_labels_on_cpu", "check_box_on_cpu"):
             monkeypatch.setattr(module, check, lambda *_: None, raising=False)
     monkeypatch.setattr(F, "one_hot", one_hot)
