@@ -9,6 +9,7 @@ the value that was found.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import functools
 import json
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import Timing, in_turn, keeping_memory, on_cuda
+from robustflat.models.fused import Fused, fast_copy
 from robustflat.models.inference import keep_freed_memory
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -107,11 +109,16 @@ def _use_default_thresholds() -> None:
 
 
 def _load_kernels() -> None:
-    """Use convolutions once: the code that this loads, tens of MiB, is no way's own."""
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = nn.Conv2d(8, 8, 3, padding=1).to(dtype, memory_format=torch.channels_last)
-        x = torch.rand(2, 8, 8, 8).to(dtype).requires_grad_()
-        nn.functional.cross_entropy(layer(x).relu().mean((2, 3)).float(), torch.zeros(2, dtype=torch.long)).backward()
+    """Use convolutions and a fused copy once: the code that this loads, tens of MiB, is no way's own."""
+    layers = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)
+    network, x = nn.Sequential(*layers).eval().requires_grad_(False), torch.rand(2, 8, 8, 8)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        layer = copy.deepcopy(layers[0]).to(dtype, memory_format=torch.channels_last)
+        point = x.to(dtype).requires_grad_()
+        nn.functional.cross_entropy(layer(point).mean((2, 3)).float(), torch.zeros(2, dtype=torch.long)).backward()
+        fast = fast_copy(network, x, precision)
+        if isinstance(fast, Fused):
+            fast.with_gradient(x.repeat(2**10, 1, 1, 1), lambda logits: logits.sum(1))
 
 
 def _resident() -> float:
