@@ -166,7 +166,7 @@ class Report:
         self.device, self.rounds, self.path = str(given.device), int(given.rounds), Path(given.results)
         self.memory, self.goals = bool(given.memory), True
         torch.set_num_threads(given.threads)
-        self.apart = not on_cuda(self.device) and int(given.threads) == 1 and hasattr(os, "fork")
+        self.apart = not on_cuda(self.device) and int(given.threads) == 1 and hasattr(os, "fork") and not given.together
 
     def compare(
         self,
@@ -338,5 +338,6 @@ def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
     result.add_argument("--device", default="cpu")
     result.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
+    result.add_argument("--together", action="store_true", help="all ways in one process that keeps freed memory")
     result.add_argument("--results", type=Path, default=RESULTS, help="JSON file that takes the results")
     return result

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import map_aggregate
 
 from robustflat.models.convolutions import Forward, InputGradient
 
@@ -149,7 +150,9 @@ class Calls:
     def run(self, values: dict[int, Value], kept: Kept | None) -> None:
         """See `Step`."""
         if kept is None:
-            self._run(values)
+            inside = {n: values[n] for n in self.sources}
+            self._run(inside)
+            values |= {n: inside[n] for n in self.targets}
             return
         with torch.enable_grad():
             inside = {n: _leaf(values[n]) for n in self.sources}
@@ -164,7 +167,7 @@ class Calls:
     def _run(self, values: dict[int, Value]) -> None:
         for call in self._calls:
             arguments = _filled(call.arguments, values)
-            keywords = {name: _filled(entry, values) for name, entry in call.keywords.items()}
+            keywords = _filled(call.keywords, values)
             values[call.target] = call.function(*arguments, **keywords)
 
     def pull(self, gradients: Gradients, kept: Kept) -> None:
@@ -194,11 +197,8 @@ def _leaf(value: Value) -> Value:
 
 
 def _filled(argument: Any, values: Mapping[int, Value]) -> Any:
-    if isinstance(argument, Place):
-        return values[argument]
-    if isinstance(argument, tuple | list):
-        return type(argument)(_filled(part, values) for part in argument)
-    return argument
+    """The argument with values in their places, which may stand inside lists, slices and the like."""
+    return map_aggregate(argument, lambda part: values[part] if isinstance(part, Place) else part)
 
 
 def _in_order(t: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,43 @@ class UntraceableError(Exception):
     """A network whose code does not come out as a list of steps."""
 
 
-def traced(network: nn.Module, example: Tensor) -> tuple[list[Step], int]:
-    """Steps that compute what the network does, value 0 being the images; and how many numbers it computes per image.
+class Traced(NamedTuple):
+    """A network as steps.
+
+    Attributes:
+        steps: in an order in which they can run; value 0 is the images.
+        result: number of the logits.
+        size: how many numbers they compute for one image.
+    """
+
+    steps: list[Step]
+    result: int
+    size: int
+
+
+def traced(network: nn.Module, example: Tensor) -> Traced:
+    """Steps that compute what the network does.
 
     Args:
         network: images (B, C, H, W) -> logits (B, K), in eval mode.
         example: a few images that it takes, in the type that it takes.
 
     Raises:
-        UntraceableError: if its code branches on values, changes tensors in place that are used again, or has hooks on
-            parts that hold others.
+        UntraceableError: if its code branches on values, changes tensors in place that are used again, has hooks on
+            parts that hold others or no convolution, or does not run on other tensors than its own forward pass.
     """
     network = _Images(network)
-    graph = _traced(network)
-    shapes = _Shapes(fx.GraphModule(network, graph))
-    with torch.no_grad():
-        shapes.run(example)
+    try:
+        graph = _Tracer().trace(network)
+        shapes = _Shapes(fx.GraphModule(network, graph))
+        with torch.no_grad():
+            shapes.run(example)
+    except Exception as error:  # whatever the network's code raises when it is given no numbers
+        raise UntraceableError(str(error)) from error
+    _simplify_(network, graph)
     size = sum(shape.numel() for shape in shapes.found.values()) // len(example)
-    return _Plan(network, graph, shapes.found).steps(), size
+    plan = _Plan(network, graph, shapes.found)
+    return Traced(plan.steps(), plan.result, size)
 
 
 class _Images(nn.Module):
@@ -62,21 +81,22 @@ class _Tracer(fx.Tracer):
         return next(m.children(), None) is None
 
 
-def _traced(network: nn.Module) -> fx.Graph:
-    try:
-        graph = _Tracer().trace(network)
-    except Exception as error:  # whatever the network's code raises when it is given no numbers
-        raise UntraceableError(str(error)) from error
+def _simplify_(network: nn.Module, graph: fx.Graph) -> None:
+    """Leave out layers that do nothing.
+
+    Raises:
+        UntraceableError: for hooks, and for what changes tensors that others read.
+    """
     for module in network.modules():
         if next(module.children(), None) is not None and _has_hooks(module):
             raise UntraceableError("hooks")
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(network.get_submodule(node.target)) in _NOTHING:
+        idle = node.op == "call_module" and type(network.get_submodule(node.target)) in _NOTHING
+        if idle and node.args and not _has_hooks(network.get_submodule(node.target)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in graph.nodes:
         _require_harmless(network, node)
-    return graph
 
 
 class _Shapes(fx.Interpreter):
@@ -108,9 +128,18 @@ class _Plan:
         self._numbers = {node: number for number, node in enumerate(self._nodes)}
         (output,) = (node for node in graph.nodes if node.op == "output")
         self._result = output.args[0]
-        if self._result not in self._shapes or [n.op for n in self._nodes].count("placeholder") != 1:
+        if (
+            not isinstance(self._result, fx.Node)
+            or self._result not in self._shapes
+            or [n.op for n in self._nodes].count("placeholder") != 1
+        ):
             raise UntraceableError("not images -> logits")
         self._chains = self._found_chains()
+
+    @property
+    def result(self) -> int:
+        """Number of the logits."""
+        return self._numbers[self._result]
 
     def steps(self) -> list[Step]:
         """In an order in which they can run.
@@ -155,7 +184,7 @@ class _Plan:
             return False
         layer = self._layer(node)
         zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return zeros and not _has_hooks(layer) and len(self._shapes[node]) == 4
+        return zeros and isinstance(node.args[0], fx.Node) and not _has_hooks(layer) and len(self._shapes[node]) == 4
 
     def _is_addition(self, node: fx.Node) -> bool:
         method = node.op == "call_method" and node.target in ("add", "add_")
@@ -262,8 +291,10 @@ def _require_harmless(network: nn.Module, node: fx.Node) -> None:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op == "call_function" and ("out" in node.kwargs or node.target in _CHANGING):
         raise UntraceableError(name)
-    if node.op.startswith("call_") and _in_place(network, node) and len(node.args[0].users) > 1:  # type: ignore[union-attr]
-        raise UntraceableError(name)
+    if node.op.startswith("call_") and _in_place(network, node):
+        changed = node.args[0] if node.args else None
+        if not isinstance(changed, fx.Node) or len(changed.users) > 1:
+            raise UntraceableError(name)
 
 
 def _in_place(network: nn.Module, node: fx.Node) -> bool:

@@ -27,12 +27,9 @@ def report(tmp_path, monkeypatch):
     """A report into an empty file; the machine's limits are not measured, threads stay."""
     monkeypatch.setattr(harness, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(harness, "limits", lambda device: {"convolution_fp32_gflops": 10.0})
-    given = Namespace(
-        device="cpu", rounds=3, results=tmp_path / "results.json", memory=False, threads=torch.get_num_threads()
-    )
-    result = Report(given)
-    result.apart = False  # clocks of these tests stand in this process
-    return result
+    settings = {"device": "cpu", "rounds": 3, "results": tmp_path / "results.json", "memory": False}
+    # Clocks of these tests stand in this process.
+    return Report(Namespace(**settings, threads=torch.get_num_threads(), together=True))
 
 
 @pytest.fixture

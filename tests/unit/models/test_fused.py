@@ -61,6 +61,22 @@ class Itself(nn.Module):
         return logits
 
 
+class Sliced(nn.Module):
+    """Sizes from the images inside slices and lists; something after the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[2] // 2
+        y = F.relu(self.first(x))[:, :, :half, half:]
+        logits: Tensor = self.head(y.reshape([x.shape[0], 8, -1]).mean(2))
+        logits.sum() + y.sum()
+        return logits
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: resnet18(channels=8, norm="rebn", **COLOURS),
     "imagenet stem": lambda: resnet18(channels=8, stem="imagenet", **COLOURS),
@@ -70,6 +86,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "wide": lambda: wide_resnet(depth=10, widen=1, **COLOURS),
     "reused": Reused,
     "itself": Itself,
+    "sliced": Sliced,
 }
 
 
@@ -263,7 +280,12 @@ class _NoConvolution(nn.Module):
         return self.head(x.flatten(1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [_Branches, _Overwrites, _NoConvolution])
+class _ByKeyword(Reused):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.clip(input=self.first(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [_Branches, _Overwrites, _ByKeyword, _NoConvolution])
 def test_other_networks_are_left_alone(kind: type[nn.Module]) -> None:
     copied = rewrite(kind().eval(), images(2))
     assert fused(copied, images(2)) is copied
