@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +32,30 @@ def hygiene() -> Iterator[None]:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Inside, figures of reports are made and not written as pictures, which takes most of a report's time."""
+    from robustflat.reporting import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, folder, key: [])
+        yield
+
+
+@pytest.fixture
+def without_pictures() -> Iterator[None]:
+    """For tests that do not look at pictures; see `undrawn`."""
+    with undrawn():
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all libraries are there to stay: looking for garbage among them took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -256,7 +256,8 @@ def _score(bench: Bench, file: NetworkFile, split: str, load: Callable[[NetworkF
     name = group_name(file.name, bench.examples(split), "attacks", SELECTION)
     model, weights = load(file)
     settings = {"weights": weights, "split": split, "attack": describe(rule.attack), "runs": rule.restarts}
-    key = digest({**settings, "seed": bench.seed, "batch_size": bench.plan.batch_size})
+    searched = {"search": bench.plan.search, "attack_batch": bench.plan.attack_batch}
+    key = digest({**settings, **searched, "seed": bench.seed, "batch_size": bench.plan.batch_size})
     if bench.settings["force"] or not bench.store.has(name, key):
         require_sound_network(bench, file, model)
         forget_other_weights(bench.store, bench.console, file, weights)

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from robustflat.errors import UserError
 
-WIDTH = 140
-"""Columns of tables that do not go to a terminal."""
+WIDTH = 1000
+"""Columns that tables may have where they do not go to a terminal: none is cut."""
 
 
 def wide_console() -> Console:

@@ -35,6 +35,7 @@ class _File(NamedTuple):
 class ImageFolder:
     """Images in class sub-folders: `root/train/<class>/*` and `root/test/<class>/*` (or `val`), or `root/<class>/*`.
 
+    With both `test` and `val` the latter is a set of its own, to stop early on (`evaluation.selection.split=val`).
     With one level only, a fixed part of each class becomes the test set. Classes are numbered in alphabetical
     order; the images of a set are in a fixed mixed order, so a split such as "test[:100]" has all classes. Hidden
     files and folders are left out. Images are turned upright (EXIF), converted to grey or RGB, and resized (bicubic,
@@ -79,7 +80,7 @@ class ImageFolder:
         self.cache = None if cache is None else Path(cache).expanduser()
 
     def __call__(self) -> Mapping[str, ImageSet]:
-        """Sets "train" and "test" (only "train" if there is a train folder and no test folder).
+        """Sets "train" and "test" (only "train" if there is a train folder and no test folder), and "val" beside both.
 
         Raises:
             DataError: for a missing folder, no images, an image that cannot be read, is too large or has more than
@@ -120,11 +121,15 @@ class ImageFolder:
             return class_names, self._divided(self._found(self.root, class_names))
         class_names = _class_names(self.root / "train")
         files = {"train": _mixed(self._found(self.root / "train", class_names))}
-        if test_name is not None:
-            unknown = set(_class_names(self.root / test_name)) - set(class_names)
+        folders = {} if test_name is None else {"test": self.root / test_name}
+        val = self.root / "val"
+        if test_name == "test" and val.is_dir() and any(path.is_dir() for path in val.iterdir()):
+            folders["val"] = val
+        for split, folder in folders.items():
+            unknown = set(_class_names(folder)) - set(class_names)
             if unknown:
-                raise DataError(f"{self.root / test_name} has classes that train lacks: {_some(sorted(unknown))}.")
-            files["test"] = _mixed(self._found(self.root / test_name, class_names))
+                raise DataError(f"{folder} has classes that train lacks: {_some(sorted(unknown))}.")
+            files[split] = _mixed(self._found(folder, class_names))
         return class_names, files
 
     def _found(self, folder: Path, class_names: tuple[str, ...]) -> list[_File]:

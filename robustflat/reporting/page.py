@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -165,17 +166,22 @@ def _made(study: Study) -> str:
 def _assets() -> dict[str, Any]:
     templates = resources.files("robustflat.reporting") / "templates"
     css, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    bundle = resources.files(itables) / "html"
     return {
         "version": _version(),
         "css": Markup(css),
         "script": Markup(f"const PALETTES = {_json(_SCHEMES)};\n{script}"),
         "palette": Markup(_palette()),
-        "libraries": {
-            "plotly": Markup(_packed(plotly.offline.get_plotlyjs())),
-            "tables": Markup(_packed((bundle / "dt_bundle.js").read_text(encoding="utf-8"))),
-            "style": Markup(_packed((bundle / "dt_bundle.css").read_text(encoding="utf-8"))),
-        },
+        "libraries": _libraries(),
+    }
+
+
+@cache
+def _libraries() -> Mapping[str, Markup]:
+    bundle = resources.files(itables) / "html"
+    return {
+        "plotly": Markup(_packed(plotly.offline.get_plotlyjs())),
+        "tables": Markup(_packed((bundle / "dt_bundle.js").read_text(encoding="utf-8"))),
+        "style": Markup(_packed((bundle / "dt_bundle.css").read_text(encoding="utf-8"))),
     }
 
 

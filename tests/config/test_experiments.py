@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def differences(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted((changed | {key: "(absent)" for key in base if key not in own}).items()))
 
 
+@cache
 def golden(folder: str) -> dict[str, dict[str, Any]]:
     path = GOLDEN / f"{folder}.yaml"
     return yaml.safe_load(path.read_text()) if path.exists() else {}
@@ -63,6 +65,7 @@ def require_golden(folder: str, name: str, changed: dict[str, Any]) -> None:
         how = f"To write it anew: {REGENERATE}=1 pytest -n 0 tests/config/test_experiments.py"
         comment = f"# Differences of each experiment from iccv21/at. {how}"
         (GOLDEN / f"{folder}.yaml").write_text(f"{comment}\n{text}")
+        golden.cache_clear()
     assert changed == golden(folder)[name]
 
 

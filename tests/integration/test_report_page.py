@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from robustflat.reporting.page import write_report
+from tests.conftest import undrawn
 from tests.unit.reporting.made_up import HOSTILE, failed, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -59,9 +60,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = study(67, 3, full=False)
-    return write_report(
-        type(made)(made.title, made.question, [*made.runs, failed()]), tmp_path_factory.mktemp("report")
-    )
+    with undrawn():
+        return write_report(
+            type(made)(made.title, made.question, [*made.runs, failed()]), tmp_path_factory.mktemp("report")
+        )
 
 
 class Opened:

@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from robustflat.apps.cards import card_schema
 from robustflat.apps.main import run_application
 from robustflat.apps.records import read_record, read_records
+from tests.conftest import undrawn
 from tests.integration.conftest import Answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which the study has run once; tests work on copies."""
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, undrawn():
         patch.chdir(folder)
         assert called("study", *configured(folder), "jobs=1") == 1
     return folder
@@ -140,11 +141,13 @@ def test_a_study_trains_and_evaluates_what_can_be_and_lists_what_failed(cli, tmp
     assert set(pd.read_parquet(folder / "metrics.parquet")["run_id"]) == {
         runs(tmp_path)[k].name for k in ("averaging", "AT")
     }
+    assert list(folder.glob("figures/*.svg"))
     log = (runs(tmp_path)["AT"] / "log.txt").read_text()
     assert "RErr (pgd20)" in log
     assert "RErr (pgd20)" not in answer.out
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_started_again_it_does_nothing_twice_and_tries_the_failed_run(cli, done):
     good = [folder for label, folder in runs(done).items() if label != "far too fast"]
     before = stamps(*good)
@@ -157,6 +160,7 @@ def test_started_again_it_does_nothing_twice_and_tries_the_failed_run(cli, done)
     assert "0 to train, 0 to evaluate, 2 left as they are" in without.out
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_another_measure_is_measured_without_training(cli, done):
     weights = {path: path.stat().st_mtime_ns for path in done.rglob("*.pt")}
     more = ["study.experiments.broken=null", "study.attacks=[fgsm_linf]"]
@@ -222,6 +226,7 @@ def test_a_report_of_any_runs(cli, done):
     assert "There is no folder nowhere/*" in none.err
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_table_goes_to_wandb_when_it_is_the_logger(cli, done, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     answer = cli("study", *configured(done), "jobs=1", "study.experiments.broken=null", "logger=wandb")

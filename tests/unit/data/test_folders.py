@@ -45,6 +45,21 @@ def test_train_and_test_folders_become_the_two_sets(tmp_path: Path, test_name: s
     assert sets["train"].image_shape == (1, 6, 6)
 
 
+def test_val_beside_test_is_a_set_of_its_own(tmp_path: Path) -> None:
+    root = two_level(two_level(tmp_path, "val"), "test")
+    paint(root / "val" / "bee" / "more.png", 7)
+    sets = ImageFolder(str(root), size=6, channels=1)()
+    assert sorted(sets) == ["test", "train", "val"]
+    assert (7, 1) in values(sets["val"])
+    assert (7, 1) not in values(sets["test"])
+
+
+def test_an_empty_val_beside_test_is_no_set(tmp_path: Path) -> None:
+    root = two_level(tmp_path)
+    (root / "val").mkdir()
+    assert sorted(ImageFolder(str(root), size=6, channels=1)()) == ["test", "train"]
+
+
 def test_the_images_of_a_set_are_mixed(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         for i in range(30):

@@ -74,6 +74,7 @@ def test_one_file_without_addresses_of_other_machines(report: Path) -> None:
     assert "plotly.js" in gzip.decompress(base64.b64decode(packed)).decode()[:200]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_same_study_gives_same_page(report: Path, tmp_path: Path) -> None:
     assert write_report(study(8, 2), tmp_path / "again.html").read_text() == report.read_text()
 
@@ -127,6 +128,7 @@ def test_headings_are_in_order_and_pictures_have_words(report: Path) -> None:
     assert anchors <= set(ids)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_numbers_of_the_paper(tmp_path: Path) -> None:
     made = Study("Paper", "?", from_paper(), classes=10, group_edges=(GOOD, POOR))
     text = Page(write_report(made, tmp_path)).text
@@ -150,17 +152,20 @@ def test_no_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_one_run(tmp_path: Path) -> None:
     text = Page(write_report(study(1, 1), tmp_path)).text
     assert "This cannot be said yet." in text and "1 run" in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_identical_values(tmp_path: Path) -> None:
     runs = [record(f"M {i}", "M", 0, 0.5, 2.0, run_id=f"{i:08x}") for i in range(6)]
     text = Page(write_report(Study("Same", "?", runs), tmp_path)).text
     assert "This cannot be said yet. All 6 models have the same average-case flatness." in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_missing_pieces_nan_and_infinity(tmp_path: Path) -> None:
     good = study(5, 1).runs
     broken = rows("000000aa", 0, math.nan, math.inf, snapshots=False)
@@ -181,11 +186,13 @@ def test_missing_pieces_nan_and_infinity(tmp_path: Path) -> None:
         json.loads(Page(path).scripts[name], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_only_failed_runs(tmp_path: Path) -> None:
     text = Page(write_report(Study("Failed", "?", [failed(), failed("<b>MART</b>")]), tmp_path)).text
     assert "This cannot be said yet." in text and "<b>MART</b>" in text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_warnings_are_told_with_their_runs(tmp_path: Path) -> None:
     runs = [replace(run, warnings=("Gradients may be masked.",)) for run in study(3, 1, hostile=False).runs]
     text = Page(write_report(Study("Warned", "?", runs), tmp_path)).text
@@ -210,6 +217,7 @@ def test_unwritable_place_is_told(tmp_path: Path) -> None:
         write_report(Study("No", "?", []), tmp_path / "file" / "page.html")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_measures_that_no_run_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run has 'nothing' for average"):
         write_report(replace(study(3, 1), measures={"average": "nothing"}), tmp_path)
