@@ -52,7 +52,7 @@ def without_pictures() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests and all libraries are there to stay: looking for garbage among them took a tenth of the time."""
+    """Tests and libraries are there to stay: looking for garbage among them took a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
