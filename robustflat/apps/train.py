@@ -37,6 +37,7 @@ from robustflat.apps.summary import print_summary
 from robustflat.apps.surrogates import give_surrogates
 from robustflat.apps.together import NO_SWEEP, described, one_after_the_other, open_folder, own_device, sharing
 from robustflat.data.dataset import Dataset
+from robustflat.data.images import SAMPLED, sample_digest
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
 from robustflat.evaluation.plan import EvaluationPlan
@@ -232,6 +233,8 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
 def _origin(folder: RunFolder, dataset: Dataset, command: list[str], shared: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance of the run; what another version or machine has trained or measured of it before is kept."""
     hashes = {"train": dataset.train.digest(), "test": dataset.test.digest()}
+    if dataset.extra_pool is not None:
+        hashes[f"extra, of {SAMPLED} images"] = sample_digest(dataset.extra_pool)
     now = provenance(command) | {"data": dataset.describe(), "data_hash": hashes, **shared}
     before = folder.read_json("provenance.json")
     earlier = before.pop("earlier", [])

@@ -41,6 +41,20 @@ class ImagePool(Protocol):
         ...
 
 
+SAMPLED = 1000
+"""Images of a pool whose pixels `sample_digest` reads; pools may be larger than memory."""
+
+
+def sample_digest(pool: ImagePool) -> str:
+    """SHA-256 of the number of images and of `SAMPLED` of them, evenly spaced, with labels: 16 hexadecimal digits."""
+    count = min(len(pool), SAMPLED)
+    images, labels = pool.take(torch.arange(count) * len(pool) // count)
+    found = hashlib.sha256(f"{len(pool)} {tuple(images.shape)} {images.dtype}".encode())
+    for rows in (images, labels):
+        found.update(rows.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """Images as float32 in [0, 1]: uint8 k becomes the float nearest to k/255; float32 stays as it is."""
     if images.dtype != torch.uint8:

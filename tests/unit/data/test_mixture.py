@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustflat.data.images import ImageSet
+from robustflat.data.images import ImageSet, sample_digest
 from robustflat.data.mixture import GeneratedImages, MappedImages, MixedStream
 from robustflat.errors import DataError, UserError
 from robustflat.rng import Streams
@@ -172,3 +172,17 @@ def test_files_of_another_kind_are_refused_by_their_ending() -> None:
         GeneratedImages("x.h5", classes=5)
     with pytest.raises(UserError, match=r"y\.txt: the ending must be one of"):
         GeneratedImages("x.npy", labels="y.txt", classes=5)
+
+
+def test_a_digest_tells_pools_apart_by_count_labels_and_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 4, 4, 3), dtype=np.uint8)
+    labels = torch.arange(3000) % 10
+
+    def of(images: Any, labels: Tensor = labels) -> str:
+        return sample_digest(MappedImages(images, labels, name="more", classes=10))
+
+    same = of(pixels.copy())
+    assert of(pixels) == same and len(same) == 16
+    changed = pixels.copy()
+    changed[1500] += 1  # every third image is looked at
+    assert len({same, of(changed), of(pixels, labels.flip(0)), of(pixels[:2999], labels[:2999])}) == 4
