@@ -35,7 +35,8 @@ _PIECE, _LITTLE = 64, 32 * MIB
 class Searching:
     """Runs an attack on a copy of the network with batch norm folded, channels last, in fp32 or bf16.
 
-    The copy is made at the first call and takes over weights and statistics at every later one. Only for a module
+    The copy is made at the first call and takes over weights and statistics at every later one; it is made anew where
+    more than these has changed (layers, their numbers, hooks). Only for a module
     in eval mode; a callable or a network in training mode (whose batch norm uses the batch) is attacked as it is.
     `value` and `fooled` of the result are the copy's: in fp32 the network's up to rounding, in bf16 up to 1 part in
     100. Where verdicts count, judge `x_adv` by the network (`strongest` does).
@@ -90,9 +91,17 @@ class Searching:
         fast = self._bounded(copy.mirror.refreshed(), copy.fast, x)
         return self.attack(fast, x, y, objective, generator)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies of networks, which follow these and no copies of them."""
+        return {**vars(self), "_mirrors": None, "_bounds": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """As pickled, with no network known yet."""
+        vars(self).update(state, _mirrors=weakref.WeakKeyDictionary(), _bounds=weakref.WeakKeyDictionary())
+
     def _copy(self, model: nn.Module, x: Tensor) -> _Copy:
         copy = self._mirrors.get(model)
-        if copy is None:
+        if copy is None or not copy.mirror.follows(model):
             require_device(self.compile, x.device)
             mirror = Mirror(model, x[:EXAMPLES], precision=self.search)
             copy = self._mirrors[model] = _Copy(mirror, _fast(mirror.copy, self.compile, x[:EXAMPLES]))
