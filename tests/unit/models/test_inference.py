@@ -156,7 +156,9 @@ class Odd(nn.Module):
         return out.mean((2, 3))
 
 
-@pytest.mark.parametrize("reason", ["used again", "called twice", "changed in place", "hooked", "other channels", "two norms"])
+@pytest.mark.parametrize(
+    "reason", ["used again", "called twice", "changed in place", "hooked", "other channels", "two norms"]
+)
 @pytest.mark.parametrize("state", [trained, nn.Module.eval])
 def test_what_cannot_be_folded_is_left_alone_and_said(reason: str, state: Callable[[nn.Module], nn.Module]) -> None:
     model = state(Odd(reason))
