@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from robustflat.models.inference import BatchNorm, InferenceModel, KeptInFloat, Linear, rewrite, scale_and_shift
 from robustflat.models.passes import hooks_of
 
+_STATE = {"training", *vars(nn.Module())}
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
@@ -32,11 +34,11 @@ class Mirror:
 
     def __init__(self, model: nn.Module, example: Tensor, *, precision: str = "fp32", double: bool = False) -> None:
         self._double, self._model = double, weakref.ref(model)
-        before = _settings(model)
+        before = _Settings(model)
         self.copy = _rewritten(model, example, precision)
-        self._settings = _settings(model)
+        self._settings = _Settings(model)
         # What a pass itself changes, such as a count of its calls, is no setting.
-        self._changing = {key for key, value in self._settings.items() if not _equal(value, before.get(key))}
+        self._changing = {key for key, value in self._settings.items() if value != before.get(key)}
         norms = {norm for _, norm in self.copy.folds}
         folds = dict(self.copy.folds)
         self._folded: list[tuple[str, str, Linear]] = []
@@ -55,11 +57,8 @@ class Mirror:
 
         Not so after its layers, their numbers or functions, the shapes or types of its weights, or hooks were replaced.
         """
-        if self._model() is not model:
-            return False
-        now = _settings(model)
-        keys = {*now, *self._settings} - self._changing
-        return all(_equal(now.get(key), self._settings.get(key)) for key in keys)
+        now = _Settings(model).without(self._changing)
+        return self._model() is model and now == self._settings.without(self._changing)
 
     @torch.no_grad()
     def refreshed(self) -> InferenceModel:
@@ -104,30 +103,36 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.layer if isinstance(module, KeptInFloat) else module
 
 
-def _settings(model: nn.Module) -> dict[tuple[str, str], tuple[object, ...]]:
+class _Settings(dict[tuple[str, str], tuple[object, ...]]):
     """What a network computes besides its weights, by path and name; keeps nothing of it alive."""
-    found: dict[tuple[str, str], tuple[object, ...]] = {}
-    for path, module in model.named_modules():
-        found[path, ""] = (weakref.ref(module), type(module), *hooks_of(module))
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                found[path, name] = (weakref.ref(value), value._version)
-            elif _plain(value):
-                found[path, name] = (value,)
-            elif type(value).__weakrefoffset__:
-                found[path, name] = (weakref.ref(value),)
-        found.pop((path, "training"), None)
-        for name, tensor in _own_tensors(module).items():
-            found[path, name] = (tensor.shape, tensor.dtype, tensor.device)
-    return found
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._references: list[object] = []
+        for path, module in model.named_modules():
+            self[path, ""] = (self._identity(module), type(module), *hooks_of(module))
+            for name, value in vars(module).items():
+                if name in _STATE:
+                    continue
+                if _plain(value):
+                    self[path, name] = (type(value), value)
+                elif isinstance(value, Tensor):
+                    self[path, name] = (self._identity(value), value._version)
+                elif type(value).__weakrefoffset__:
+                    self[path, name] = (self._identity(value),)
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    self[path, name] = () if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
-def _equal(one: tuple[object, ...] | None, other: tuple[object, ...] | None) -> bool:
-    # References are one object for one tensor, and would compare tensors by their numbers.
-    if one is None or other is None or len(one) != len(other):
-        return False
-    return all(a is b or (_plain(a) and _plain(b) and a == b) for a, b in zip(one, other, strict=True))
+    def without(self, keys: Container[tuple[str, str]]) -> dict[tuple[str, str], tuple[object, ...]]:
+        """All but some."""
+        return {key: value for key, value in self.items() if key not in keys}
+
+    def _identity(self, value: object) -> int:
+        """A number that no other object has while this is kept, be the value alive or not."""
+        self._references.append(weakref.ref(value))  # one for all who ask
+        return id(self._references[-1])
 
 
 def _plain(value: object) -> bool:
-    return all(map(_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_plain, value)))
