@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from robustflat.errors import UserError, require_one_of
 from robustflat.models.consumers import alone
@@ -225,6 +226,9 @@ def _pool_in_order_(network: nn.Module) -> None:
 
 def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) -> bool:
     """Channels-last weights, unless the network takes tensors apart in a way that needs the usual order."""
+    if has_instance_norm(network):
+        notes.append("channels-last left out: not for instance norm")
+        return False
     network.to(memory_format=torch.channels_last)
     try:
         _logits(network, example.contiguous(memory_format=torch.channels_last))
@@ -233,6 +237,14 @@ def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) ->
         notes.append("channels-last left out: the network does not take it")
         return False
     return True
+
+
+def has_instance_norm(network: nn.Module) -> bool:
+    """Whether it must stay in the usual order.
+
+    PyTorch (2.14) computes wrong gradients of instance norm from channels-last gradients of a single image.
+    """
+    return any(isinstance(module, _InstanceNorm) for module in network.modules())
 
 
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:

@@ -258,6 +258,13 @@ def test_a_network_that_needs_the_usual_memory_order_keeps_it() -> None:
     torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_instance_norm_are_right_for_a_single_image() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten())
+    fast = rewrite(model, images())
+    torch.testing.assert_close(gradient(fast, images(1)), gradient(model, images(1)), rtol=1e-3, atol=1e-5)
+
+
 def test_shared_layers_are_not_folded() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     model = trained(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3), nn.Flatten()))
