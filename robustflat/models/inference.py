@@ -213,7 +213,9 @@ class _MeanOfPixels(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.sum((-2, -1), keepdim=True) / (x.shape[-2] * x.shape[-1])
+        # In float16 the sum itself may be too large.
+        total = x.sum((-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.float16 else None)
+        return (total / (x.shape[-2] * x.shape[-1])).to(x.dtype)
 
 
 def _pool_in_order_(network: nn.Module) -> None:
