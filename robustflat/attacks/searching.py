@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ COMPILES = ("none", *MODES, "graph")
 
 # On a CPU pieces of 64 images take 2 % longer than 128 at once (ResNet-18 with 16 channels), and half the memory.
 _PIECE, _LITTLE = 64, 32 * MIB
+
+
+_Bounds: TypeAlias = dict[tuple[torch.Size, torch.dtype], tuple[float, float]]
+"""By shape and type of an image: bytes that it needs, and the most that a pass may need."""
 
 
 class Searching:
@@ -67,7 +71,7 @@ class Searching:
         self.attack, self.search, self.memory_budget, self.compile = attack, search, memory_budget, compile
         self.objective, self.targeted = own_objective(attack), is_targeted(attack)
         self._mirrors: weakref.WeakKeyDictionary[nn.Module, _Copy] = weakref.WeakKeyDictionary()
-        self._bounds: weakref.WeakKeyDictionary[nn.Module, tuple[float, float]] = weakref.WeakKeyDictionary()
+        self._bounds: weakref.WeakKeyDictionary[nn.Module, _Bounds] = weakref.WeakKeyDictionary()
 
     def __call__(
         self,
@@ -111,10 +115,12 @@ class Searching:
         """`fast`, in pieces where `measured`, the same network without compilation, needs too much memory."""
         if self.memory_budget is None:
             return fast
-        if measured not in self._bounds:  # once: asking the system takes as long as a step of a small network
+        kind = (x.shape[1:], x.dtype)
+        bounds = self._bounds.setdefault(measured, {})
+        if kind not in bounds:  # once: asking the system takes as long as a step of a small network
             need = bytes_per_image(measured, x)
-            self._bounds[measured] = need, self._limit(need, x.device)
-        need, limit = self._bounds[measured]
+            bounds[kind] = need, self._limit(need, x.device)
+        need, limit = bounds[kind]
         return bounded(fast, x, need=need, limit=limit)
 
     def _limit(self, need: float, device: torch.device) -> float:

@@ -152,6 +152,9 @@ def test_a_budget_bounds_the_images_of_a_pass() -> None:
     attack = Searching(Pgd(BALL, steps=1, step_size=0.04), "plain", memory_budget=2.5 * need)
     attack(model, x, y)
     assert sizes == [2] * 8
+    sizes.clear()
+    attack(model, x.repeat(1, 1, 2, 1), y)  # larger images
+    assert sizes == [1] * 16
 
 
 def test_what_is_no_budget_is_refused() -> None:
