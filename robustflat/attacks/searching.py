@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,15 @@ _PIECE, _LITTLE = 64, 32 * MIB
 _HALF = 0.5
 
 
+_Bounds: TypeAlias = dict[tuple[torch.Size, torch.dtype], tuple[float, float]]
+"""By shape and type of an image: bytes that it needs, and the most that a pass may need."""
+
+
 class Searching:
     """Runs an attack on a copy of the network with batch norm folded, channels last, in fp32 or bf16.
 
-    The copy is made at the first call and takes over weights and statistics at every later one. Only for a module
+    The copy is made at the first call and takes over weights and statistics at every later one; it is made anew where
+    more than these has changed (layers, their numbers, hooks). Only for a module
     in eval mode; a callable or a network in training mode (whose batch norm uses the batch) is attacked as it is.
     `value` and `fooled` of the result are the copy's: in fp32 the network's up to rounding, in bf16 up to 1 part in
     100. Where verdicts count, judge `x_adv` by the network (`strongest` does).
@@ -68,7 +73,7 @@ class Searching:
         self.attack, self.search, self.memory_budget, self.compile = attack, search, memory_budget, compile
         self.objective, self.targeted = own_objective(attack), is_targeted(attack)
         self._mirrors: weakref.WeakKeyDictionary[nn.Module, _Copy] = weakref.WeakKeyDictionary()
-        self._bounds: weakref.WeakKeyDictionary[nn.Module, tuple[float, float]] = weakref.WeakKeyDictionary()
+        self._bounds: weakref.WeakKeyDictionary[nn.Module, _Bounds] = weakref.WeakKeyDictionary()
 
     def __call__(
         self,
@@ -92,9 +97,17 @@ class Searching:
         fast = self._bounded(copy.mirror.refreshed(), copy.fast, x)
         return self.attack(fast, x, y, objective, generator)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies of networks, which follow these and no copies of them."""
+        return {**vars(self), "_mirrors": None, "_bounds": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """As pickled, with no network known yet."""
+        vars(self).update(state, _mirrors=weakref.WeakKeyDictionary(), _bounds=weakref.WeakKeyDictionary())
+
     def _copy(self, model: nn.Module, x: Tensor) -> _Copy:
         copy = self._mirrors.get(model)
-        if copy is None:
+        if copy is None or not copy.mirror.follows(model):
             require_device(self.compile, x.device)
             mirror = Mirror(model, x[:EXAMPLES], precision=self.search)
             copy = self._mirrors[model] = _Copy(mirror, _fast(mirror.copy, self.compile, x[:EXAMPLES]))
@@ -104,10 +117,12 @@ class Searching:
         """`fast`, in pieces where `measured`, the same network without compilation, needs too much memory."""
         if self.memory_budget is None:
             return fast
-        if measured not in self._bounds:  # once: asking the system takes as long as a step of a small network
+        kind = (x.shape[1:], x.dtype)
+        bounds = self._bounds.setdefault(measured, {})
+        if kind not in bounds:  # once: asking the system takes as long as a step of a small network
             need = bytes_per_image(measured, x)
-            self._bounds[measured] = need, self._limit(need, x.device)
-        need, limit = self._bounds[measured]
+            bounds[kind] = need, self._limit(need, x.device)
+        need, limit = bounds[kind]
         return bounded(fast, x, need=need, limit=limit)
 
     def _limit(self, need: float, device: torch.device) -> float:

@@ -139,7 +139,7 @@ class SearchCopy:
         if self._search != "fp32" or not len(x):
             return search_model(self._model, x, self._search)
         with held_still(self._model):
-            if self._mirror is None:
+            if self._mirror is None or not self._mirror.follows(self._model):
                 self._mirror = Mirror(self._model, x[:EXAMPLES], double=True)
                 self._fast = fused(self._mirror.copy, x[:EXAMPLES])
             self._mirror.refreshed()

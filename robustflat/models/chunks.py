@@ -1,6 +1,6 @@
 """Passes through a network piece by piece, so that the memory of one pass is bounded.
 
-Only for networks that treat each image by itself, as all do in eval mode: then pieces change rounding at most.
+Only for networks that treat each image by itself: then pieces change rounding at most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustflat.models.modes import evaluating, frozen
 from robustflat.types import Forward
@@ -62,15 +63,16 @@ def bounded(model: nn.Module, x: Tensor, *, need: float, limit: float) -> nn.Mod
     """The model itself, or in pieces where a pass of all of x and its gradient would not fit the limit.
 
     The number of pieces is a power of two: what is free varies from moment to moment, and rounding would with it. A
-    limit below the need of one image gives pieces of one image.
+    limit below the need of one image gives pieces of one image. Batch norm without running statistics, which looks at
+    the whole batch in eval mode, too, gets the whole batch.
 
     Args:
-        model: images (B, C, H, W) -> logits (B, K), each image by itself.
+        model: images (B, C, H, W) -> logits (B, K), in eval mode.
         x: images (B, C, H, W).
         need: bytes per image, see `bytes_per_image`.
         limit: bytes, see `robustflat.memory.budget_bytes`.
     """
-    if need * len(x) <= limit:
+    if need * len(x) <= limit or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return model
     fitting = max(int(limit / need), 1)
     count = 2 ** math.ceil(math.log2(len(x) / fitting))

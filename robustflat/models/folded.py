@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robustflat.errors import UserError
-from robustflat.models.inference import _LINEAR, BatchNorm, Linear, scale_and_shift
+from robustflat.models.inference import _LINEAR, BatchNorm, Linear, has_instance_norm, scale_and_shift
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.norms import ReBatchNorm
@@ -41,9 +41,11 @@ def folded_forward(model: nn.Module, example: Tensor, *, first_order: bool = Fal
             convolutions are called in channels-last order, in which they take four-dimensional weights best.
 
     Returns:
-        The folded function, a `FoldedForward`; the plain one where nothing can be folded, or folding changes logits by
-        more than rounding.
+        The folded function, a `FoldedForward`; the plain one where nothing can be folded, folding changes logits by
+        more than rounding, or a layer needs the usual order.
     """
+    if has_instance_norm(model):
+        return plain_forward(model)
     try:
         network = copy.deepcopy(model).eval().requires_grad_(False)
     except (RuntimeError, TypeError) as error:

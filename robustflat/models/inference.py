@@ -16,13 +16,15 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from robustflat.errors import UserError, require_one_of
 from robustflat.models.consumers import alone
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
-from robustflat.models.rectifiers import TOLERANCE, close, rectify_in_place_
+from robustflat.models.passes import has_hooks
+from robustflat.models.rectifiers import rectify_in_place_
 
 PRECISIONS = ("fp32", "bf16")
 """Arithmetic of a rewritten network; bf16 keeps the normalisation of images and the logits in float32."""
@@ -32,6 +34,9 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | ReBatc
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ReBatchNorm)
+
+_TOLERANCE = 1e-3
+"""Largest difference of logits, relative to the largest logit, that folding may make: rounding, and no more."""
 
 # Beyond this a half-precision copy no longer resembles the network, and a search with it would be wasted.
 _HALF_TOLERANCE = 0.25
@@ -122,7 +127,7 @@ def rewrite(
         notes.append("bf16, with images normalised and logits computed in float32")
     result = InferenceModel(network, dtype=dtype, channels_last=channels_last, notes=tuple(notes), folds=folds)
     result.eval().requires_grad_(False)
-    if precision == "bf16" and check_half and not close(_logits(result, example), plain, _HALF_TOLERANCE):
+    if precision == "bf16" and check_half and not _close(_logits(result, example), plain, _HALF_TOLERANCE):
         raise UserError("In bf16 this model's logits differ by more than a quarter: use precision fp32.")
     return result
 
@@ -177,12 +182,27 @@ def _folded_or_not(
         assert isinstance(linear, _LINEAR)
         assert isinstance(norm, _BATCH_NORM)
         _fold_(linear, norm)
-        network.set_submodule(norm_path, nn.Identity())
-    if pairs and not close(_logits(network, example), plain, TOLERANCE):
+        for path, module in list(network.named_modules(remove_duplicate=False)):
+            if module is norm:
+                network.set_submodule(path, nn.Identity())
+    if pairs and not _keeps_logits(network, example, plain):
         notes.append("batch norm left as it is: folding it changed the logits")
         return _copy(model), ()
     notes.append(f"{len(pairs)} of {total} batch norms folded" if total else "no batch norm to fold")
     return network, tuple(pairs)
+
+
+def _keeps_logits(network: nn.Module, example: Tensor, plain: Tensor) -> bool:
+    try:
+        return _close(_logits(network, example), plain, _TOLERANCE)
+    except (AttributeError, RuntimeError):  # code that looks at a layer which is not there any more
+        return False
+
+
+def _close(logits: Tensor, plain: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by at most `tolerance` of the largest of the plain ones."""
+    difference = (logits.double() - plain.double()).abs().max()
+    return bool(difference <= tolerance * plain.double().abs().max().clamp_min(1e-6))
 
 
 class _MeanOfPixels(nn.Module):
@@ -193,19 +213,24 @@ class _MeanOfPixels(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.sum((-2, -1), keepdim=True) / (x.shape[-2] * x.shape[-1])
+        # In float16 the sum itself may be too large.
+        total = x.sum((-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.float16 else None)
+        return (total / (x.shape[-2] * x.shape[-1])).to(x.dtype)
 
 
 def _pool_in_order_(network: nn.Module) -> None:
     """Replace pooling over all pixels by `_MeanOfPixels`."""
     for path, module in list(network.named_modules()):
         single = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-        if single and path and not _has_hooks(module):
+        if single and path and not has_hooks(module):
             network.set_submodule(path, _MeanOfPixels())
 
 
 def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) -> bool:
     """Channels-last weights, unless the network takes tensors apart in a way that needs the usual order."""
+    if has_instance_norm(network):
+        notes.append("channels-last left out: not for instance norm")
+        return False
     network.to(memory_format=torch.channels_last)
     try:
         _logits(network, example.contiguous(memory_format=torch.channels_last))
@@ -214,6 +239,14 @@ def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) ->
         notes.append("channels-last left out: the network does not take it")
         return False
     return True
+
+
+def has_instance_norm(network: nn.Module) -> bool:
+    """Whether it must stay in the usual order.
+
+    PyTorch (2.14) computes wrong gradients of instance norm from channels-last gradients of a single image.
+    """
+    return any(isinstance(module, _InstanceNorm) for module in network.modules())
 
 
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -228,11 +261,12 @@ def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         source = made_by.get((id(event.taken), event.taken_version))
         if isinstance(event.module, _BATCH_NORM) and source is not None:
             pairs.append((source, event.path))
-        if isinstance(event.module, _LINEAR):
+        # Batch norm takes the second dimension for channels, as layers give it but for some other shapes.
+        if isinstance(event.module, _LINEAR) and event.given.ndim == event.module.weight.ndim:
             made_by[id(event.given), event.given_version] = event.path
-    shared = _shared(network)
-    found = [pair for pair in pairs if all(calls[path] == 1 and path not in shared for path in pair)]
-    return found if alone(network, example, found) else [pair for pair in found if alone(network, example, [pair])]
+    takers = Counter(linear for linear, _ in pairs)
+    fitting = alone(network, example, pairs)
+    return [(a, b) for a, b in pairs if calls[a] == calls[b] == takers[a] == 1 and a in fitting]
 
 
 class _Event(NamedTuple):
@@ -253,7 +287,7 @@ def _watching(network: nn.Module) -> Iterator[list[_Event]]:
     handles = []
     for path, module in network.named_modules():
         # Exact types only, and no hooks: a subclass or a hook may compute something else.
-        if type(module) in _LINEAR + _BATCH_NORM and not _has_hooks(module) and _foldable(module):
+        if type(module) in _LINEAR + _BATCH_NORM and not has_hooks(module) and _foldable(module):
 
             def note(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor, path: str = path) -> None:
                 if args:
@@ -267,24 +301,8 @@ def _watching(network: nn.Module) -> Iterator[list[_Event]]:
             handle.remove()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _foldable(module: nn.Module) -> bool:
     return not isinstance(module, _BATCH_NORM) or module.running_var is not None
-
-
-def _shared(network: nn.Module) -> set[str]:
-    """Paths of modules, or of modules with parameters, that appear in more than one place."""
-    owners: Counter[int] = Counter()
-    for _, module in network.named_modules(remove_duplicate=False):
-        owners.update(id(p) for p in module.parameters(recurse=False))
-    return {
-        path
-        for path, module in network.named_modules(remove_duplicate=False)
-        if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
-    }
 
 
 def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -294,7 +312,7 @@ def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if isinstance(norm, ReBatchNorm):
         scale = scale * norm.scale.double()
-    elif norm.affine:
+    elif norm.weight is not None:
         scale = scale * norm.weight.double()
     shift = -norm.running_mean.double() * scale
     return scale, shift if norm.bias is None else shift + norm.bias.double()

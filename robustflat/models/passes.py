@@ -76,6 +76,18 @@ class PassCounter:
         self._backwards += 1
 
 
+def hooks_of(module: nn.Module) -> dict[int, object]:
+    """Hooks of a module, by numbers that no two hooks share; without counters of passes, which change nothing."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    found = {number: hook for kind in kinds for number, hook in kind.items()}
+    return {number: hook for number, hook in found.items() if not isinstance(_owner(hook), PassCounter)}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of a module do something else than its class says: hooks, or a `forward` put onto the object."""
+    return bool(hooks_of(module)) or "forward" in vars(module)
+
+
 def count_instead(network: nn.Module, onto: nn.Module) -> None:
     """Let the counters of a network, or of its parts, count the calls of `onto`, which calls it once a pass.
 
@@ -83,7 +95,7 @@ def count_instead(network: nn.Module, onto: nn.Module) -> None:
     """
     for module in network.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), PassCounter):
+            if isinstance(_owner(hook), PassCounter):
                 del module._forward_hooks[key]
                 onto.register_forward_hook(hook)
 
@@ -94,3 +106,7 @@ def count_pass(module: nn.Module, x: Tensor, logits: Tensor) -> None:
         output = logits.detach().requires_grad_()
         hook(module, (x,), output)
         torch.autograd.grad(output.view_as(output).sum(), output)
+
+
+def _owner(hook: object) -> object:
+    return getattr(hook, "__self__", None)

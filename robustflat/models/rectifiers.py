@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = 1e-3
-"""Largest difference of logits, relative to the largest logit, that rewriting may make: rounding, and no more."""
+from robustflat.models.consumers import overwritable
+from robustflat.models.passes import has_hooks
 
 
 def rectify_in_place_(
@@ -23,40 +22,16 @@ def rectify_in_place_(
         example: a few images.
         leaves: what is differentiated with respect to besides the images.
     """
-    rectifiers = [m for m in network.modules() if type(m) is nn.ReLU and not m.inplace]
-    with _without_zeros([*network.parameters(), *leaves]):
-        with torch.no_grad():
-            before = logits_of(example)
-        for rectifier in rectifiers:
-            rectifier.inplace = True
-        try:
-            with torch.no_grad():
-                fine = close(logits_of(example), before, TOLERANCE)
-            with torch.enable_grad():
-                point = example.detach().clone().requires_grad_()
-                logits = logits_of(point)
-                if logits.requires_grad:
-                    torch.autograd.grad(logits.sum(), [point, *leaves], allow_unused=True)
-        except RuntimeError:  # autograd needs the input of one of them
-            fine = False
-    for rectifier in rectifiers:
-        rectifier.inplace = fine
-
-
-@contextmanager
-def _without_zeros(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Weights that are all zero are ones inside: a branch of scale 0 would hide what happens in it."""
-    zeros = [t.data for t in tensors if not bool(t.any())]
-    for t in zeros:
-        t.fill_(1)
+    rectifiers = [m for m in network.modules() if type(m) is nn.ReLU and not m.inplace and not has_hooks(m)]
+    chosen = overwritable(rectifiers, logits_of, example)
+    for rectifier in chosen:
+        rectifier.inplace = True
     try:
-        yield
-    finally:
-        for t in zeros:
-            t.zero_()
-
-
-def close(logits: Tensor, plain: Tensor, tolerance: float) -> bool:
-    """Whether logits differ by at most `tolerance` of the largest of the plain ones."""
-    difference = (logits.double() - plain.double()).abs().max()
-    return bool(difference <= tolerance * plain.double().abs().max().clamp_min(1e-6))
+        with torch.enable_grad():
+            point = example.detach().clone().requires_grad_()
+            logits = logits_of(point)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), [point, *leaves], allow_unused=True)
+    except RuntimeError:  # autograd needs the input of one of them
+        for rectifier in chosen:
+            rectifier.inplace = False

@@ -72,7 +72,8 @@ def normalized_layers(model: nn.Module, images: Tensor) -> dict[str, list[str]]:
         for handle in handles:
             handle.remove()
     x = images.to(device_of(model), dtype_of(model))
-    return {name: norms for name, norms in pairs.items() if alone(model, x, [(name, norm) for norm in norms])}
+    fitting = alone(model, x, [(name, norm) for name, norms in pairs.items() for norm in norms])
+    return {name: norms for name, norms in pairs.items() if name in fitting}
 
 
 def rescaled(

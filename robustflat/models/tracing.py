@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from robustflat.models.passes import PassCounter
+from robustflat.models.passes import has_hooks
 from robustflat.models.steps import Call, Calls, Convolution, Place, Step
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -48,17 +48,19 @@ def traced(network: nn.Module, example: Tensor) -> Traced:
         UntraceableError: if its code branches on values, changes tensors in place that are used again, has hooks on
             parts that hold others or no convolution, or does not run on other tensors than its own forward pass.
     """
+    if any(has_hooks(part) and next(part.children(), None) is not None for part in network.modules()):
+        raise UntraceableError("hooks")
     network = _Images(network)
     try:
         graph = _Tracer().trace(network)
-        shapes = _Shapes(fx.GraphModule(network, graph))
+        kinds = _Kinds(fx.GraphModule(network, graph))
         with torch.no_grad():
-            shapes.run(example)
+            kinds.run(example)
     except Exception as error:  # whatever the network's code raises when it is given no numbers
         raise UntraceableError(str(error)) from error
     _simplify_(network, graph)
-    size = sum(shape.numel() for shape in shapes.found.values()) // len(example)
-    plan = _Plan(network, graph, shapes.found)
+    size = sum(kind.shape.numel() for kind in kinds.found.values()) // len(example)
+    plan = _Plan(network, graph, kinds.found)
     return Traced(plan.steps(), plan.result, size)
 
 
@@ -75,7 +77,9 @@ class _Images(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Looks into every module that has others inside."""
+    """Looks into every module that has others inside; what is computed from buffers is computed in every pass."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return next(m.children(), None) is None
@@ -85,31 +89,33 @@ def _simplify_(network: nn.Module, graph: fx.Graph) -> None:
     """Leave out layers that do nothing.
 
     Raises:
-        UntraceableError: for hooks, and for what changes tensors that others read.
+        UntraceableError: for what changes tensors that others read.
     """
-    for module in network.modules():
-        if next(module.children(), None) is not None and _has_hooks(module):
-            raise UntraceableError("hooks")
     for node in list(graph.nodes):
         idle = node.op == "call_module" and type(network.get_submodule(node.target)) in _NOTHING
-        if idle and node.args and not _has_hooks(network.get_submodule(node.target)):
+        if idle and node.args and not has_hooks(network.get_submodule(node.target)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in graph.nodes:
         _require_harmless(network, node)
 
 
-class _Shapes(fx.Interpreter):
-    """Notes the shapes of all values."""
+class _Kind(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Kinds(fx.Interpreter):
+    """Notes the shapes and types of all tensors."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[fx.Node, torch.Size] = {}
+        self.found: dict[fx.Node, _Kind] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.found[n] = result.shape
+            self.found[n] = _Kind(result.shape, result.dtype)
         return result
 
 
@@ -119,18 +125,18 @@ class _Plan:
     Args:
         network: that the graph calls.
         graph: harmless calls.
-        shapes: of all tensors.
+        kinds: of all tensors.
     """
 
-    def __init__(self, network: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, torch.Size]) -> None:
-        self._network, self._shapes = network, shapes
+    def __init__(self, network: nn.Module, graph: fx.Graph, kinds: dict[fx.Node, _Kind]) -> None:
+        self._network, self._kinds = network, kinds
         self._nodes = [node for node in graph.nodes if node.op != "output"]
         self._numbers = {node: number for number, node in enumerate(self._nodes)}
         (output,) = (node for node in graph.nodes if node.op == "output")
         self._result = output.args[0]
         if (
             not isinstance(self._result, fx.Node)
-            or self._result not in self._shapes
+            or self._result not in self._kinds
             or [n.op for n in self._nodes].count("placeholder") != 1
         ):
             raise UntraceableError("not images -> logits")
@@ -184,19 +190,21 @@ class _Plan:
             return False
         layer = self._layer(node)
         zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return zeros and isinstance(node.args[0], fx.Node) and not _has_hooks(layer) and len(self._shapes[node]) == 4
+        return (
+            zeros and isinstance(node.args[0], fx.Node) and not has_hooks(layer) and len(self._kinds[node].shape) == 4
+        )
 
     def _is_addition(self, node: fx.Node) -> bool:
         method = node.op == "call_method" and node.target in ("add", "add_")
         if not (method or (node.op == "call_function" and node.target in _ADDITIONS)) or node.kwargs:
             return False
         first, second = node.args
-        alike = all(self._shapes.get(part) == self._shapes[node] for part in (first, second))  # type: ignore[arg-type]
+        alike = all(self._kinds.get(part) == self._kinds[node] for part in (first, second))  # type: ignore[arg-type]
         return alike and first is not second
 
     def _is_rectifier(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return type(self._layer(node)) is nn.ReLU and not _has_hooks(self._layer(node))
+            return type(self._layer(node)) is nn.ReLU and not has_hooks(self._layer(node))
         if node.op == "call_method":
             return node.target in ("relu", "relu_")
         return node.op == "call_function" and node.target in _RECTIFIERS
@@ -303,8 +311,3 @@ def _in_place(network: nn.Module, node: fx.Node) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     changing = name.endswith("_") and not name.endswith("__")
     return changing or node.target is operator.iadd or bool(node.kwargs.get("inplace", False))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    return any(not isinstance(getattr(hook, "__self__", None), PassCounter) for hook in hooks)

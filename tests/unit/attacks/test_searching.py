@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -63,6 +65,19 @@ def test_same_examples_as_on_the_network_itself_also_after_it_has_moved() -> Non
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
             model.train()(x)
             model.eval()
+
+
+@pytest.mark.parametrize("copied", [lambda a: a, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_a_network_with_other_layers_is_copied_anew(copied: Callable[[Searching], Searching]) -> None:
+    model = network().eval()
+    searching, (x, y) = attack("fp32"), batch()
+    searching(model, x, y)
+    searching = copied(searching)
+    model.head = nn.Linear(8, 3).double()
+    model.body[0].register_forward_hook(lambda layer, taken, given: 2 * given)  # type: ignore[index,union-attr]
+    plain = Pgd(BALL, steps=3, step_size=0.04)(model, x, y, None, torch.Generator().manual_seed(1))
+    ours = searching(model, x, y, None, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours.value, plain.value, rtol=1e-9, atol=1e-9)
 
 
 def test_callables_and_networks_in_training_mode_are_attacked_as_they_are() -> None:
@@ -137,6 +152,9 @@ def test_a_budget_bounds_the_images_of_a_pass() -> None:
     attack = Searching(Pgd(BALL, steps=1, step_size=0.04), "plain", memory_budget=2.5 * need)
     attack(model, x, y)
     assert sizes == [2] * 8
+    sizes.clear()
+    attack(model, x.repeat(1, 1, 2, 1), y)  # larger images
+    assert sizes == [1] * 16
 
 
 def test_what_is_no_budget_is_refused() -> None:

@@ -74,6 +74,12 @@ def test_number_of_pieces_is_a_power_of_two_that_fits(limit: float, most: int | 
         assert kept.images == most
 
 
+def test_batch_norm_that_looks_at_the_batch_gets_the_whole() -> None:
+    whole, parts = (nn.Sequential(nn.BatchNorm2d(1, track_running_stats=k)).eval() for k in (False, True))
+    assert bounded(whole, images(8), need=1.0, limit=2.0) is whole
+    assert isinstance(bounded(parts, images(8), need=1.0, limit=2.0), InChunks)
+
+
 def test_wrapping_leaves_the_modes_of_the_layers_alone() -> None:
     model = network()
     model.get_submodule("body.stem.norm").train()

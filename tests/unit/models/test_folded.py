@@ -155,3 +155,25 @@ def test_the_batch_norms_own_parameters_may_be_among_the_weights(kind: str) -> N
     for alone in ("1.weight", "1.bias"):
         some = {alone: weights[alone]}
         assert torch.allclose(forward(some, x), torch.func.functional_call(model, some, (x,)), rtol=1e-10, atol=1e-12)
+
+
+class _Instances(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.InstanceNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        logits: Tensor = self.second(y + self.other(y)).mean((2, 3))
+        return logits
+
+
+def test_gradients_of_instance_norm_are_right_for_a_single_image():
+    torch.manual_seed(0)
+    model, x = _Instances().eval(), torch.rand(1, 3, 6, 6, requires_grad=True)
+    slopes = [
+        torch.autograd.grad(forward({}, x).square().sum(), x)[0]
+        for forward in (plain_forward(model), folded_forward(model, x.detach()))
+    ]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-5)

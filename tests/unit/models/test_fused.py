@@ -185,6 +185,34 @@ def test_follows_weights() -> None:
     assert_close(torch.autograd.grad(found.sum(), point)[0], grad)
 
 
+class Scaled(Sliced):
+    """Computes with buffers before it looks at images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (1 / self.spread))  # type: ignore[operator]
+
+
+def test_follows_buffers() -> None:
+    model = Scaled().eval()
+    mirror = Mirror(model, images(2))
+    ours = fused(mirror.copy, images(2))
+    assert isinstance(ours, Fused)
+    model.spread.fill_(3)  # type: ignore[operator]
+    mirror.refreshed()
+    assert_close(ours.run(images()).detach(), model(images()).detach())
+
+
+def test_looking_at_a_network_leaves_its_weights_bit_for_bit() -> None:
+    copied = rewrite(resnet18(channels=8, **COLOURS).eval(), images(2))
+    before = {name: value.clone() for name, value in copied.state_dict().items()}
+    assert isinstance(fused(copied, images(2)), Fused)
+    assert all(torch.equal(value, before[name]) for name, value in copied.state_dict().items())
+
+
 def test_copies_follow_their_own_weights() -> None:
     ours = fused_copy(resnet18(channels=8, **COLOURS).eval())
     before = ours.run(images())
@@ -280,12 +308,41 @@ class _NoConvolution(nn.Module):
         return self.head(x.flatten(1))  # type: ignore[no-any-return]
 
 
+class _Gated(nn.Module):
+    """A branch of scale 0 that is computed without a graph, or from a tensor that is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.gate, self.head = nn.Parameter(torch.zeros(8, 1, 1)), nn.Linear(8, 5)
+
+    def branch(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head((y + self.gate * self.branch(y)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class _WithoutGraph(_Gated):
+    def branch(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.second(y)  # type: ignore[no-any-return]
+
+
+class _UnderTwoNames(_Gated):
+    def branch(self, y: Tensor) -> Tensor:
+        z = other = self.second(y)
+        z += y
+        return z * other  # type: ignore[no-any-return]
+
+
 class _ByKeyword(Reused):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.clip(input=self.first(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [_Branches, _Overwrites, _ByKeyword, _NoConvolution])
+@pytest.mark.parametrize("kind", [_Branches, _Overwrites, _ByKeyword, _NoConvolution, _WithoutGraph, _UnderTwoNames])
 def test_other_networks_are_left_alone(kind: type[nn.Module]) -> None:
     copied = rewrite(kind().eval(), images(2))
     assert fused(copied, images(2)) is copied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,12 +70,12 @@ def test_reference_network_keeps_every_prediction(channels_last: bool) -> None:
         assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_pooling_gives_the_same_bits_and_passes_gradients_on_in_channels_last_order(dtype: torch.dtype) -> None:
     plain = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     fast = rewrite(nn.Sequential(nn.Conv2d(3, 3, 1), *plain), images()).network[1:]
     assert type(fast[0]) is not nn.AdaptiveAvgPool2d
-    x = (100 * images(5)).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = (3000 * images(5)).to(dtype).contiguous(memory_format=torch.channels_last)
     weights = images(5)[:, :, 0, 0].to(dtype)
     slopes = []
     for network in (plain, fast):
@@ -133,6 +134,7 @@ class Odd(nn.Module):
         self.reason = reason
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.norm = nn.BatchNorm2d(3, track_running_stats=reason != "no statistics")
+        self.tokens, self.of_tokens = nn.Linear(64, 3), nn.BatchNorm1d(3)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reason == "used again":
@@ -142,19 +144,64 @@ class Odd(nn.Module):
             out = self.norm(self.conv(self.conv(x)))
         elif self.reason == "changed in place":
             out = self.norm(self.conv(x).relu_())
+        elif self.reason == "other channels":
+            return self.of_tokens(self.tokens(x.flatten(2))).mean(2)  # type: ignore[no-any-return]
+        elif self.reason == "two norms":
+            out = self.conv(x)
+            out = self.norm(out) * self.of_tokens(out.flatten(2)).view_as(out)
+        elif self.reason == "asked for its size":
+            out = self.norm(self.conv(x)) * self.norm.num_features
         else:
             out = self.norm(self.conv(x))
         return out.mean((2, 3))
 
 
-@pytest.mark.parametrize("reason", ["used again", "called twice", "changed in place", "hooked"])
-def test_what_cannot_be_folded_is_left_alone_and_said(reason: str) -> None:
-    model = trained(Odd(reason))
+@pytest.mark.parametrize(
+    "reason", ["used again", "called twice", "changed in place", "hooked", "other channels", "two norms"]
+)
+@pytest.mark.parametrize("state", [trained, nn.Module.eval])
+def test_what_cannot_be_folded_is_left_alone_and_said(reason: str, state: Callable[[nn.Module], nn.Module]) -> None:
+    model = state(Odd(reason))
     if reason == "hooked":
         model.conv.register_forward_hook(lambda module, args, output: output * 2)  # type: ignore[operator]
     fast = rewrite(model, images())
     torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
-    assert fast.notes[0] == "0 of 1 batch norms folded"
+    assert fast.notes[0] == "0 of 2 batch norms folded"
+
+
+def test_a_network_that_looks_at_its_batch_norm_keeps_it() -> None:
+    model = trained(Odd("asked for its size"))
+    fast = rewrite(model, images())
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+    assert "left as it is" in fast.notes[0]
+
+
+def test_what_changes_gradients_on_their_way_back_is_kept() -> None:
+    model = trained(Odd("nothing"))
+    for part in (model.conv, model.norm):
+        assert isinstance(part, nn.Module)
+        part.register_full_backward_hook(lambda module, taken, given: (taken[0].cumsum(1),))
+    torch.testing.assert_close(gradient(rewrite(model, images()), images()), gradient(model, images()))
+
+
+class Renamed(nn.Module):
+    """Batch norm without scale and shift, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, affine=False))
+        self.norm = self.first[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.first[0](x))
+        return out.mean((2, 3))
+
+
+def test_a_batch_norm_under_two_names_is_folded_once() -> None:
+    model = trained(Renamed())
+    fast = rewrite(model, images())
+    assert fast.notes[0] == "1 of 1 batch norms folded"
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
 
 
 class Remembers(nn.Module):
@@ -182,6 +229,13 @@ def test_rectifiers_overwrite_nothing_that_is_needed(value: bool) -> None:
     assert not fast.network.relu.inplace
 
 
+def test_biases_of_zero_do_not_hide_that_a_rectifier_overwrites_what_is_needed() -> None:
+    model = Remembers(True)
+    nn.init.zeros_(model.conv.bias)  # type: ignore[arg-type]
+    fast = rewrite(model, images())
+    torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+
+
 def test_rectifiers_overwrite_what_is_not_needed_in_the_copy_only() -> None:
     model, x, _ = cnn_cifar10()
     fast = rewrite(model, x[:4])
@@ -202,6 +256,13 @@ def test_a_network_that_needs_the_usual_memory_order_keeps_it() -> None:
     fast = rewrite(model, images())
     assert "channels-last left out" in fast.notes[-1]
     torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_instance_norm_are_right_for_a_single_image() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten())
+    fast = rewrite(model, images())
+    torch.testing.assert_close(gradient(fast, images(1)), gradient(model, images(1)), rtol=1e-3, atol=1e-5)
 
 
 def test_shared_layers_are_not_folded() -> None:
