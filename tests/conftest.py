@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +57,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show a card to runs of `-m gpu` only: next to one, processes cannot be forked, and two ranks need two cards."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

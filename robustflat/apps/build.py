@@ -37,7 +37,7 @@ def named_nodes(config: DictConfig, key: str) -> dict[str, DictConfig]:
 
 
 def choose_device(name: str) -> str:
-    """'auto' -> 'cuda' where one is present, else 'cpu'; any other name is checked.
+    """'auto' -> 'cuda' where one is present, else 'cpu'; any other name is checked, and a card made the current one.
 
     Raises:
         UserError: for a device that PyTorch does not know or that is not there.
@@ -52,6 +52,8 @@ def choose_device(name: str) -> str:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise UserError(f"device={name} is not there: {count} CUDA devices found. device=auto takes what there is.")
+        if device.index is not None:  # what asks for no card by number (records, waiting, Triton) means this one
+            torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps is not there. device=auto takes what there is.")
     elif device.type not in ("cpu", "mps"):

@@ -201,6 +201,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": current().size,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": _tf32() if torch.cuda.is_available() else [],
         "command": command,
         "executable": Path(sys.argv[0]).name,
     }
@@ -221,6 +222,15 @@ def _hardware() -> dict[str, Any]:
         "cuda": torch.version.cuda if gpus else None,
         "cudnn": torch.backends.cudnn.version() if gpus else None,  # type: ignore[no-untyped-call]
     }
+
+
+def _tf32() -> list[str]:
+    """What a card may compute with 10 bits of mantissa where passes need not be exact: training, searches of attacks.
+
+    Convolutions, unless torch is told otherwise; values that are reported are computed without (`exact_float32`).
+    """
+    switches = {"convolutions": torch.backends.cudnn.conv, "matrix products": torch.backends.cuda.matmul}  # type: ignore[attr-defined]
+    return [name for name, switch in switches.items() if switch.fp32_precision == "tf32"]
 
 
 def _commit() -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Turns:
         return self._last + 1
 
     def _offer(self, run: Ascent, turn: int, offer: Callable[[Ascent], None]) -> None:
-        places = (run.turn == turn).nonzero().flatten()
-        if len(places):
-            offer(run.take(places))
+        # One run alone is all there is: looking would wait for the device.
+        part = run if self.count == 1 else run.take((run.turn == turn).nonzero().flatten())
+        if len(part.rows):
+            offer(part)

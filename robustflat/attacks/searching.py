@@ -56,8 +56,7 @@ class Searching:
             batch, results the same up to rounding. PGD needs no more than that; other attacks keep all pieces' graphs.
         compile: one of `COMPILES`, for PGD; changes rounding alone. "default" and "reduce-overhead" compile the copy
             for the first shape of its passes and take some time for it (see `Compiled`); a batch of another size runs
-            as without. "graph" needs CUDA and captures whole passes (see `Captured`), up to four kinds of them. None
-            of them has been run on a GPU yet.
+            as without. "graph" needs CUDA and captures whole passes (see `Captured`), up to four kinds of them.
 
     Raises:
         UserError: for another `search` or `compile`, what is no memory budget, or a `compile` that does not go with

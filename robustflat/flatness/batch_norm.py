@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustflat.errors import UserError
+from robustflat.models.precision import exact_float32
 from robustflat.types import Batch
 
 
@@ -44,7 +45,8 @@ def recalibrated(model: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
             layer.train()
         with torch.no_grad():
             for batch in batches:
-                _pass(model, batch)
+                with exact_float32(batch.x.device):  # losses at these statistics are compared, as exactly
+                    _pass(model, batch)
         for layer, _, training, _ in found:
             layer.train(training)
         yield

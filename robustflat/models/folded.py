@@ -17,6 +17,7 @@ from robustflat.models.inference import _LINEAR, BatchNorm, Linear, has_instance
 from robustflat.models.inference import _pairs as foldable_pairs
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.norms import ReBatchNorm
+from robustflat.models.precision import exact_float32
 from robustflat.models.rectifiers import rectify_in_place_
 from robustflat.models.slots import ParameterSlots
 
@@ -152,10 +153,11 @@ def _ambiguous(t: Tensor) -> bool:
 @torch.no_grad()
 def _same(model: nn.Module, forward: WeightsForward, example: Tensor) -> bool:
     """Whether the folded function gives the network's logits, up to rounding."""
-    with frozen(model), evaluating(model):
-        plain = model(example)
-    try:
-        logits = forward({}, example)
-    except RuntimeError:  # a layer that cannot take channels-last images (`view` of them, say)
-        return False
+    with exact_float32(example.device):
+        with frozen(model), evaluating(model):
+            plain = model(example)
+        try:
+            logits = forward({}, example)
+        except RuntimeError:  # a layer that cannot take channels-last images (`view` of them, say)
+            return False
     return bool((logits - plain).abs().max() <= _TOLERANCE * plain.abs().max().clamp_min(1e-6))

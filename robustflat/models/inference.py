@@ -24,6 +24,7 @@ from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
 from robustflat.models.passes import has_hooks
+from robustflat.models.precision import exact_float32
 from robustflat.models.rectifiers import rectify_in_place_
 
 PRECISIONS = ("fp32", "bf16")
@@ -156,7 +157,8 @@ def keep_freed_memory() -> bool:
 
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    with frozen(model), evaluating(model):
+    # Exactly: in TF32, or under the autocast of a training, folding changes logits by more than is allowed.
+    with frozen(model), evaluating(model), exact_float32(x.device):
         logits: Tensor = model(x)
     return logits
 

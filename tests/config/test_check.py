@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from robustflat.apps.build import build, choose_device, named_nodes
@@ -172,6 +173,14 @@ def test_a_constructor_error_names_its_node(compose):
 def test_devices_that_are_not_there_are_named(device, message):
     with pytest.raises(UserError, match=message):
         choose_device(device)
+
+
+def test_a_chosen_card_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [choose_device(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert chosen == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from robustflat.attacks.wrappers import Fraction, OnlyCorrect, PredictedLabels, 
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.types import Attack, Found
+from tests.waiting import NoWaiting, without_checks_on_cpu
 
 LINF, L2, L1 = LinfBall(8 / 255), L2Ball(0.5), L1Ball(4.0)
 
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     may_lower: bool = False  # its result may have a lower value than where it began, for a documented reason
     optimal: bool = True  # finds the best image of a linear model
     harmful: bool = True  # raises the mean value of a batch clearly; false for those that search something else
+    looks: bool = False  # looks at what it found and waits for the device: per call, query, or few steps
 
 
 def pgd(ball: InputBall = LINF, **options: object) -> Pgd:
@@ -116,14 +118,20 @@ ATTACKS: dict[str, Case] = {
         may_lower=True,
         harmful=False,
         optimal=False,
+        looks=True,
     ),
-    "fab_linf": Case(Fab(LINF, steps=5), LINF, may_lower=True, harmful=False, optimal=False),
-    "fab_l2": Case(Fab(L2, steps=5), L2, may_lower=True, harmful=False, optimal=False),
+    "fab_linf": Case(Fab(LINF, steps=5), LINF, may_lower=True, harmful=False, optimal=False, looks=True),
+    "fab_l2": Case(Fab(L2, steps=5), L2, may_lower=True, harmful=False, optimal=False, looks=True),
     "fab_l1": Case(
-        Fab(L1, steps=5, targets=None, stop_when_fooled=True), L1, may_lower=True, harmful=False, optimal=False
+        Fab(L1, steps=5, targets=None, stop_when_fooled=True),
+        L1,
+        may_lower=True,
+        harmful=False,
+        optimal=False,
+        looks=True,
     ),
-    "square_linf": Case(Square(LINF, queries=30), LINF, random_start=True, harmful=False, optimal=False),
-    "square_l2": Case(Square(L2, queries=30), L2, random_start=True, harmful=False, optimal=False),
+    "square_linf": Case(Square(LINF, queries=30), LINF, random_start=True, harmful=False, optimal=False, looks=True),
+    "square_l2": Case(Square(L2, queries=30), L2, random_start=True, harmful=False, optimal=False, looks=True),
     "square_l1": Case(
         Square(L1, queries=30, stop_when_fooled=True),
         L1,
@@ -131,6 +139,7 @@ ATTACKS: dict[str, Case] = {
         may_lower=True,
         harmful=False,
         optimal=False,
+        looks=True,
     ),
     "autoattack": Case(
         AutoAttackSearch(LINF, version="custom", attacks=["apgd-ce"]),
@@ -138,9 +147,15 @@ ATTACKS: dict[str, Case] = {
         random_start=True,
         may_lower=True,
         optimal=False,
+        looks=True,
     ),
     "foreign": Case(
-        Foreign(lambda model, x, y: x + LINF.epsilon, LINF), LINF, may_lower=True, harmful=False, optimal=False
+        Foreign(lambda model, x, y: x + LINF.epsilon, LINF),
+        LINF,
+        may_lower=True,
+        harmful=False,
+        optimal=False,
+        looks=True,
     ),
     "restarts": Case(Restarts(pgd(random_start=True), 2), LINF, random_start=True),
     "worst_of": Case(WorstOf({"pgd": pgd(), "margin": pgd(objective="margin")}), LINF, may_lower=True),
@@ -409,8 +424,19 @@ def _with_epsilon(attack: Attack, ball: InputBall, epsilon: float) -> Attack:
     return smaller
 
 
+@cases(lambda case: not case.looks)
+def test_the_search_reads_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(case.attack, AutoPgd) and case.ball.norm == "l1":
+        pytest.skip("on a CPU only, its projection looks whether it may end early")
+    without_checks_on_cpu(monkeypatch)
+    x, y = batch()
+    generator = torch.Generator().manual_seed(0)
+    with NoWaiting():
+        case.attack(Network(), x, y, generator=generator)
+
+
 @pytest.mark.gpu
-@cases()
+@cases(lambda case: not case.looks)
 def test_the_search_does_not_wait_for_the_device(case: Case) -> None:
     x, y = (t.cuda() for t in batch())
     model = Network().cuda()

@@ -8,9 +8,11 @@ import os
 import subprocess
 
 import pytest
+import torch
 
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.errors import UserError
+from robustflat.models.precision import exact_float32
 
 
 def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
@@ -105,6 +107,15 @@ def test_a_place_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"outputs=<folder>"):
         RunFolder(tmp_path / "file" / "run", {"a": 1})
+
+
+def test_provenance_says_what_a_card_computes_in_tf32(monkeypatch):
+    assert provenance([])["tf32"] == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert provenance([])["tf32"] == ["convolutions"]  # torch's default
+    with exact_float32(torch.device("cpu")):
+        assert provenance([])["tf32"] == []
 
 
 def test_provenance_names_versions_and_command():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.stats import beta, chisquare, ks_2samp, kstest
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustflat.data.draws import symmetric_beta
+from robustflat.data.draws import _handed_over, symmetric_beta
 from robustflat.data.mixing import CutMix, MixUp
 from robustflat.errors import UserError
 
@@ -75,6 +78,27 @@ def test_cut_mix_boxes_are_distributed_as_published() -> None:
 def test_shares_follow_the_beta_distribution(alpha: float) -> None:
     drawn = symmetric_beta(alpha, 4000, seeded(), torch.device("cpu"))
     assert kstest(drawn.double().numpy(), beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+class Copies(TorchDispatchMode):
+    """Stands for copies between devices (one of them without values) and notes whether the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._to_copy.default:
+            return func(*args, **(kwargs or {}))
+        self.waits.append(not kwargs.get("non_blocking", False))
+        return torch.empty(args[0].shape, device=kwargs["device"])
+
+
+def test_the_host_waits_for_draws_that_come_to_it_and_for_no_others() -> None:
+    with Copies() as copies:
+        _handed_over(torch.empty(3, device="meta"), torch.device("cpu"))
+        _handed_over(torch.empty(3), torch.device("meta"))
+    assert copies.waits == [True, False]
 
 
 def test_a_tiny_alpha_gives_shares_near_zero_or_one_and_no_nan() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.models.folded import FoldedForward, folded_forward
 from robustflat.models.inference import keep_freed_memory, rewrite
 from robustflat.models.norms import ReBatchNorm
 from robustflat.models.resnet import resnet18
@@ -44,6 +45,25 @@ def gradient(model: nn.Module, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).square().sum(), x)
     return slope
+
+
+class Coarse(nn.Sequential):
+    """Rounds anew in every pass, unless a card would convolve exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)
+        exact = torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        return logits if exact else logits * (1 + 0.01 * torch.randn_like(logits))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_folding_is_judged_exactly_on_a_card_and_in_a_training_in_half_precision(autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = trained(Coarse(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        fast, folded = rewrite(model, images()), folded_forward(model, images())
+    assert fast.notes[0] == "1 of 1 batch norms folded"
+    assert isinstance(folded, FoldedForward)
 
 
 @pytest.mark.parametrize("norm", ["bn", "rebn", "fixedbn"])

@@ -10,17 +10,17 @@ from robustflat.models.precision import device_of, dtype_of, exact_float32, prec
 
 
 def test_tf32_and_autocast_are_off_inside_and_as_found_after_also_after_an_error() -> None:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, conv.fp32_precision
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
     a = torch.rand(4, 4)
     with pytest.raises(RuntimeError, match="stop"), torch.autocast("cpu", dtype=torch.bfloat16):
         with exact_float32(torch.device("cpu")):
-            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+            assert [switch.fp32_precision for switch in switches] == ["ieee"] * 3
             assert (a @ a).dtype == torch.float32
         assert (a @ a).dtype == torch.bfloat16
         with exact_float32(torch.device("cpu")):
             raise RuntimeError("stop")
-    assert (matmul.fp32_precision, conv.fp32_precision) == before
+    assert [switch.fp32_precision for switch in switches] == before
 
 
 def test_a_models_type_and_device() -> None:

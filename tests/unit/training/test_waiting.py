@@ -14,9 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustflat.attacks import captured, judging, noise, pgd
 from robustflat.attacks.pgd import Pgd
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.models.resnet import resnet_tiny
@@ -24,25 +22,7 @@ from robustflat.rng import Streams
 from robustflat.training.trainer import Trainer
 from robustflat.types import Batch
 from tests.unit.training.shared_runs import METHODS, Stream, make
-
-aten = torch.ops.aten
-WAITING = {
-    aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.equal,
-    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.argwhere, aten.repeat_interleave, aten.bincount,
-}  # fmt: skip
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses what would wait for a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = func.overloadpacket
-        masked = packet in {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_} and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if packet in WAITING or masked:
-            raise AssertionError(f"{packet} would wait for the device")
-        return func(*args, **(kwargs or {}))
+from tests.waiting import NoWaiting, without_checks_on_cpu
 
 
 def one_hot(y: Tensor, classes: int) -> Tensor:
@@ -52,9 +32,7 @@ def one_hot(y: Tensor, classes: int) -> Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (captured, judging, noise, pgd):
-        for check in ("check_labels_on_cpu", "check_box_on_cpu"):
-            monkeypatch.setattr(module, check, lambda *_: None, raising=False)
+    without_checks_on_cpu(monkeypatch)
     monkeypatch.setattr(F, "one_hot", one_hot)
 
 
