@@ -73,8 +73,8 @@ def why_not_comparable(record: RunRecord) -> str:
 
     Looked at: the data set in the provenance (`data`, as `Dataset.describe` writes it), the name of the experiment
     ("iccv21-..."), the network (rows of weight averaging are of the averaged weights), the radius of the threat model
-    and the number of examples (the paper: CIFAR-10, 8/255, 1000). What the record does not say, such as another width of
-    the network, is not seen.
+    and the number of examples (the paper: CIFAR-10, 8/255, 1000). What the record does not say, such as another width
+    of the network, is not seen.
     """
     if record.dataset and record.dataset != DATASET:
         return f"trained on {record.dataset}"
