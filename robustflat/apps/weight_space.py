@@ -35,12 +35,13 @@ def curvature_of(rows: Sequence[Row], checkpoint: str) -> dict[str, Any]:
     if not names:
         return {}
     name = next((name for name in names if name.partition("~")[0] == "clean"), names[0])
+    loss = name.partition("~")[0]
     measured = [row for row in found if row["measure"] == name]
     test = [row for row in measured if str(row.get("split")).startswith("test")]
     split = (test or measured)[-1].get("split")  # of several the one with the most examples, which comes last
     chosen = [row for row in measured if row.get("split") == split]
     values = {_VALUES[row["metric"]]: float(row["value"]) for row in chosen if row["metric"] in _VALUES}
-    about = {"loss": name.partition("~")[0], "examples": chosen[0].get("count"), "precision": chosen[0].get("precision", "")}
+    about = {"loss": loss, "examples": chosen[0].get("count"), "precision": chosen[0].get("precision", "")}
     return {**values, "curvature": "hessian", **about}
 
 
