@@ -34,6 +34,11 @@ _FAMILIES = {"Trades": "TRADES", "Mart": "MART", "Rotation": "self-supervision",
 }  # fmt: skip
 """Classes that a method is told by, and its name."""
 
+_LAST_WEIGHTS = (
+    "averages its weights, but these are numbers of the last ones, as if it did not: a study with part: average reads "
+    "those of the average."
+)
+
 
 def read_record(
     folder: Path, *, label: str | None = None, family: str | None = None, part: str | None = None, problem: str = ""
@@ -78,7 +83,7 @@ def read_record(
         history=history,
         ledger=ledger_of(folder),
         provenance=provenance,
-        warnings=tuple(warnings_of(rows)),
+        warnings=(*warnings_of(rows), *([_LAST_WEIGHTS] if rows and part == "model" and _averages(config) else [])),
         early_stopped=STOPPED if any(row["checkpoint"] == STOPPED for row in rows) else "",
         curvature=curvature_of(rows, "last"),
         landscapes=landscapes_of(folder, "last" if part == "model" else part),
@@ -307,6 +312,14 @@ def _family(config: Mapping[str, Any]) -> str:
     nodes += list(callbacks.values()) if isinstance(callbacks, Mapping) else []
     names = [str(node.get("_target_", "")).rsplit(".", 1)[-1] for node in nodes if isinstance(node, Mapping)]
     return "-".join(_FAMILIES[name] for name in names if name in _FAMILIES) or "AT"
+
+
+def _averages(config: Mapping[str, Any]) -> bool:
+    """Whether a training keeps an average of its weights."""
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    nodes = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    return any(isinstance(node, Mapping) and str(node.get("_target_")).endswith(".WeightAverage") for node in nodes)
 
 
 def _json(path: Path) -> dict[str, Any]:

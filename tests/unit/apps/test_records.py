@@ -116,6 +116,16 @@ def test_learning_curves_are_those_of_the_network_that_counts(tmp_path):
     assert (first["test/robust_loss"], first["average/test/robust_loss"]) == (1.25, 1.0)
 
 
+def test_numbers_of_the_last_weights_of_an_averaging_run_say_so(tmp_path):
+    run = make_run(tmp_path / "a" / "b")
+    assert read_record(run).warnings == ()
+    averaging = "  callbacks: {average: {_target_: robustflat.training.callbacks.WeightAverage}}\n"
+    (run / "config.yaml").write_text(CONFIG + averaging)
+    (warning,) = read_record(run).warnings
+    assert "numbers of the last" in warning
+    assert read_record(run, part="average").warnings == ()
+
+
 def damage_results(run: Path) -> None:
     (run / "results.h5").write_bytes(b"not HDF5")
 
