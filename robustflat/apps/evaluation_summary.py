@@ -56,7 +56,7 @@ def print_evaluation(
     plan = bench.plan
     console.print(
         f"\nThreat model {plan.norm}, epsilon {plan.epsilon:.5g}, seed {bench.seed}; [..] 95 % interval; flatness +- "
-        f"standard error over draws (average case) or spread of restarts (worst case).",
+        f"standard error over draws (average case), or over restarts (worst case: how far these differ).",
         markup=False,
     )
     console.print(f"results      {bench.store.path}", markup=False)

@@ -34,6 +34,11 @@ _FAMILIES = {"Trades": "TRADES", "Mart": "MART", "Rotation": "self-supervision",
 }  # fmt: skip
 """Classes that a method is told by, and its name."""
 
+_LAST_WEIGHTS = (
+    "averages its weights, but these are numbers of the last ones, as if it did not: a study with part: average reads "
+    "those of the average."
+)
+
 
 def read_record(
     folder: Path, *, label: str | None = None, family: str | None = None, part: str | None = None, problem: str = ""
@@ -43,8 +48,9 @@ def read_record(
     Args:
         folder: the run folder.
         label, family: what to call the run; None: as the study that made it does, else its command and its method.
-        part: which network counts: "model" or "average". The results of the averaged weights are then read under
-            the names of the others: "last", "early_stopped", "epoch_0005". None: as the study says, else "model".
+        part: which network counts: "model" or "average". Results and learning curves of the averaged weights are
+            then read under the names of the others: "last", "early_stopped", "epoch_0005", "test/robust_loss". None:
+            as the study says, else "model".
         problem: what is known to have gone wrong; "": what the folder itself says of it.
 
     Returns:
@@ -55,9 +61,10 @@ def read_record(
     provenance = _json(folder / "provenance.json")
     problem = problem or str(noted.get("problem") or "")
     origin, complaints = origin_of(folder), []
-    rows, complaint = _rows(folder, str(part or noted.get("part") or "model"))
+    part = str(part or noted.get("part") or "model")
+    rows, complaint = _rows(folder, part)
     complaints += [complaint] if complaint else []
-    history, complaint = _history(folder)
+    history, complaint = _history(folder, part)
     complaints += [complaint] if complaint else []
     complaints = [_unfinished(folder, config), *complaints] if not (folder / "DONE").exists() else complaints
     if not rows and not complaints:
@@ -76,10 +83,11 @@ def read_record(
         history=history,
         ledger=ledger_of(folder),
         provenance=provenance,
-        warnings=tuple(warnings_of(rows)),
+        warnings=(*warnings_of(rows), *([_LAST_WEIGHTS] if rows and part == "model" and _averages(config) else [])),
         early_stopped=STOPPED if any(row["checkpoint"] == STOPPED for row in rows) else "",
         curvature=curvature_of(rows, "last"),
-        landscapes=landscapes_of(folder, str(part or noted.get("part") or "last").replace("model", "last")),
+        landscapes=landscapes_of(folder, "last" if part == "model" else part),
+        part=part,
     )
 
 
@@ -243,7 +251,7 @@ def _summary_rows(measure: str, numbers: Mapping[str, Any]) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _history(folder: Path) -> tuple[pd.DataFrame, str]:
+def _history(folder: Path, part: str) -> tuple[pd.DataFrame, str]:
     """A line per epoch from metrics.jsonl, columns as `RunRecord.history` names them; and what is wrong."""
     try:
         lines = read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
@@ -255,18 +263,23 @@ def _history(folder: Path) -> tuple[pd.DataFrame, str]:
         epoch = epochs.get(line.get("step"))
         if epoch is not None:
             entry = table.setdefault(epoch, {"epoch": epoch})
-            entry |= {_history_name(name): value for name, value in line.items() if _history_name(name)}
+            named = ((_history_name(name, part), value) for name, value in line.items())
+            entry |= {name: value for name, value in named if name}
     return pd.DataFrame([table[epoch] for epoch in sorted(table)]), ""
 
 
-def _history_name(name: str) -> str:
-    """Column of the history: "epoch/loss" -> "loss", "evaluation/test_loss" -> "test/loss", others -> ""."""
+def _history_name(name: str, part: str) -> str:
+    """Column of the history: "epoch/loss" -> "loss", "evaluation/test_loss" -> "test/loss", others -> "".
+
+    For the part "average", "evaluation_average/test_loss" is "test/loss", and the other networks are left out.
+    """
     group, _, rest = name.partition("/")
     if group == "epoch":
         return rest
-    if group != "evaluation" and not group.startswith("evaluation_"):
+    network = "model" if group == "evaluation" else group.removeprefix("evaluation_")
+    if network == group or part not in ("model", network):
         return ""
-    prefix = f"{group.removeprefix('evaluation_')}/" if group != "evaluation" else ""
+    prefix = "" if network == part else f"{network}/"
     split, _, metric = rest.partition("_")
     return f"{prefix}{split}/{metric}" if split in ("test", "train") else f"{prefix}{rest}"
 
@@ -299,6 +312,14 @@ def _family(config: Mapping[str, Any]) -> str:
     nodes += list(callbacks.values()) if isinstance(callbacks, Mapping) else []
     names = [str(node.get("_target_", "")).rsplit(".", 1)[-1] for node in nodes if isinstance(node, Mapping)]
     return "-".join(_FAMILIES[name] for name in names if name in _FAMILIES) or "AT"
+
+
+def _averages(config: Mapping[str, Any]) -> bool:
+    """Whether a training keeps an average of its weights."""
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    nodes = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    return any(isinstance(node, Mapping) and str(node.get("_target_")).endswith(".WeightAverage") for node in nodes)
 
 
 def _json(path: Path) -> dict[str, Any]:

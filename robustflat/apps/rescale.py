@@ -187,7 +187,7 @@ def _report(place: Workplace, plan: EvaluationPlan, table: pd.DataFrame) -> None
     absorbed = "absorbed" if place.config.absorb_epsilon else "not absorbed"
     place.console.print(
         f"\nThreat model {plan.norm}, epsilon {plan.epsilon:.5g}; +- standard error over examples (errors, losses), "
-        f"over draws (average case), or spread of restarts (worst case). Logits agree to "
+        f"over draws (average case), or over restarts (worst case: how far these differ). Logits agree to "
         f"{place.config.tolerance:g} of the largest; batch norm's epsilon is {absorbed}. "
         f"The scaled layers' Hessian block goes with 1 / scale^2; other layers' blocks stay.",
         style="dim",

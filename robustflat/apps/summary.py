@@ -74,9 +74,12 @@ def _print_flatness(console: Console, measured: Measured) -> None:
     flat = measured.get("flatness")
     if not flat:
         return
-    case = "average" if flat["reduction"] == "mean" else "worst"
+    average = flat["reduction"] == "mean"
+    case, drawn = ("average", "draws") if average else ("worst", "restarts")
+    # How far restarts differ is no error of their maximum.
+    error = f" +- {_number(flat['standard_error'])}" if average else ""
     console.print(
-        f"{case}-case flatness of the {flat['loss']} loss: [bold]{_number(flat['value'])}[/bold] "
-        f"+- {_number(flat['standard_error'])} [dim](xi {flat['radius']:g}, {flat['split']}: {flat['examples']} "
-        f"examples, {len(flat['trials'])} draws, {flat['tensors']} tensors, protocol {flat['protocol']})[/dim]"
+        f"{case}-case flatness of the {flat['loss']} loss: [bold]{_number(flat['value'])}[/bold]{error} "
+        f"[dim](xi {flat['radius']:g}, {flat['split']}: {flat['examples']} examples, {len(flat['trials'])} {drawn}, "
+        f"{flat['tensors']} tensors, protocol {flat['protocol']})[/dim]"
     )

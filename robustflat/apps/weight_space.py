@@ -20,6 +20,8 @@ _VALUES = {"lambda_max": "value", "non_convexity": "non_convexity", "trace": "tr
 def curvature_of(rows: Sequence[Row], checkpoint: str) -> dict[str, Any]:
     """Ends of the Hessian's spectrum of a checkpoint, of the clean loss on test examples where that was measured.
 
+    Other matrices (see `spectrum_rows`) do not count.
+
     Args:
         rows: tidy rows of a run.
         checkpoint: such as "last".
@@ -28,16 +30,18 @@ def curvature_of(rows: Sequence[Row], checkpoint: str) -> dict[str, Any]:
         Empty if none was measured.
     """
     found = [row for row in rows if row["kind"] == "hessian" and row["checkpoint"] == checkpoint]
-    if not found:
+    # A name with "~" is that of a second result with other settings, such as the number of eigenvalues.
+    names = [name for name in dict.fromkeys(str(row["measure"]) for row in found) if "_" not in name]
+    if not names:
         return {}
-    names = list(dict.fromkeys(str(row["measure"]) for row in found))
-    name = "clean" if "clean" in names else names[0]
+    name = next((name for name in names if name.partition("~")[0] == "clean"), names[0])
+    loss = name.partition("~")[0]
     measured = [row for row in found if row["measure"] == name]
     test = [row for row in measured if str(row.get("split")).startswith("test")]
     split = (test or measured)[-1].get("split")  # of several the one with the most examples, which comes last
     chosen = [row for row in measured if row.get("split") == split]
     values = {_VALUES[row["metric"]]: float(row["value"]) for row in chosen if row["metric"] in _VALUES}
-    about = {"loss": name, "examples": chosen[0].get("count"), "precision": chosen[0].get("precision", "")}
+    about = {"loss": loss, "examples": chosen[0].get("count"), "precision": chosen[0].get("precision", "")}
     return {**values, "curvature": "hessian", **about}
 
 

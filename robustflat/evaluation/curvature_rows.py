@@ -20,12 +20,15 @@ def spectrum_rows(
     """Ends of a spectrum (stderr: the residual, within which an exact eigenvalue lies), their ratio, trace and norm.
 
     Args:
-        name: of the result.
+        name: of the result. Another matrix than the Hessian of the mean loss is another measure: its name is added,
+            as in "clean_gauss_newton" and "clean_sum_over_batches".
         top, bottom: eigenvalues from the outermost inward.
         attrs: of the stored result.
         residuals: of the outermost ones at both ends.
     """
     count = int(attrs["examples"])
+    for setting, usual in (("curvature", "hessian"), ("reduction", "mean")):
+        name += f"_{attrs[setting]}" if attrs.get(setting, usual) != usual else ""
     rows = []
     if len(top):
         rows.append(_row("hessian", name, "lambda_max", count, float(top[0]), residuals[0]))
@@ -41,7 +44,12 @@ def spectrum_rows(
 
 
 def sharpness_rows(name: str, attrs: Mapping[str, Any]) -> list[Row]:
-    """The value of a sharpness measure, with its standard error over draws, and over examples where it is known."""
+    """The value of a sharpness measure, with its standard error over draws, and over examples where it is known.
+
+    On another loss than the clean one it is another measure: "sam_frozen", "sam_robust".
+    """
+    loss = str(attrs.get("loss", "clean")).split()[0]
+    name = name if loss == "clean" else f"{name}_{loss}"
     count, value = int(attrs["examples"]), float(attrs["value"])
     rows = [_row("sharpness", name, "sharpness", count, value, float(attrs.get("standard_error", math.nan)))]
     if "example_error" in attrs:

@@ -180,6 +180,10 @@ def _cautions(material: Material, found: Findings) -> list[str]:
         threats = _rows(material, material.quantities["robust_loss"])[["norm", "epsilon"]].round(6).dropna()
         if len(threats.drop_duplicates()) > 1:
             said.append("RLoss is under several threat models, put together here.")
+    for key in [name for name in ("average", "worst") if name in material.quantities]:
+        flat = _rows(material, material.quantities[key])[["radius", "protocol"]].dropna()
+        if len(flat.drop_duplicates()) > 1:
+            said.append(f"The {_title(material.quantities[key])} is of several radii or protocols, put together here.")
     bad = sum(run.status != "done" for run in study.runs)
     if bad:
         said.append(f"{bad} of {plural(len(study.runs), 'run')} failed or lack numbers, see “Failed and partial runs”.")

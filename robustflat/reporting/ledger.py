@@ -72,13 +72,16 @@ def why_not_comparable(record: RunRecord) -> str:
     """Why a run's numbers are not those of the paper's setting, "" if nothing says so.
 
     Looked at: the data set in the provenance (`data`, as `Dataset.describe` writes it), the name of the experiment
-    ("iccv21-..."), the radius of the threat model and the number of examples (the paper: CIFAR-10, 8/255, 1000). What
-    the record does not say, such as another width of the network, is not seen.
+    ("iccv21-..."), the network (rows of weight averaging are of the averaged weights), the radius of the threat model
+    and the number of examples (the paper: CIFAR-10, 8/255, 1000). What the record does not say, such as another width
+    of the network, is not seen.
     """
     if record.dataset and record.dataset != DATASET:
         return f"trained on {record.dataset}"
     if not record.experiment.startswith("iccv21-"):
         return f"experiment {record.experiment}"
+    if record.experiment.startswith("iccv21-weight_averaging") and record.part != "average":
+        return "not the averaged weights"
     attacked = record.table[record.table["kind"] == "attack"] if len(record.table) else record.table
     if attacked.empty:
         return ""

@@ -102,6 +102,7 @@ def _record(row: dict[Any, Any], table: pd.DataFrame) -> RunRecord:
         table=table,
         provenance={"source": SOURCE, "table": "supplement, all models"},
         early_stopped="early_stopped",
+        part="average" if str(row["experiment"]).startswith("weight_averaging") else "model",
     )
 
 

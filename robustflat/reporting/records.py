@@ -59,6 +59,7 @@ class RunRecord:
         curvature: of the Hessian, with the keys of `SpectrumResult.to_dict`, such as "value" (largest eigenvalue) and
             "non_convexity"; may be empty.
         landscapes: name of the landscape, such as "random directions" -> losses along lines; may be empty.
+        part: which network of the run this is about: "model", or "average" for the averaged weights.
     """
 
     run_id: str
@@ -77,6 +78,7 @@ class RunRecord:
     early_stopped: str = ""
     curvature: Mapping[str, Any] = field(default_factory=dict)
     landscapes: Mapping[str, Lines] = field(default_factory=dict)
+    part: str = "model"
 
     @property
     def dataset(self) -> str:

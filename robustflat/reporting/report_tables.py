@@ -105,7 +105,7 @@ def runs_table(material: Material) -> ReportTable | Missing:
     numeric = (*(text == "seed" for text in texts), *(True for _ in shown))
     caption = (
         f"{plural(len(frame), 'run')}. Press a heading to sort; type into the fields to filter, numbers too. ± is one "
-        "standard error over examples (errors, losses) or draws (flatness)."
+        "standard error over examples (errors, losses), draws or restarts (flatness)."
     )
     columns = (*texts.values(), *(material.title(key) for key in shown))
     return ReportTable("runs", title, caption, columns, numeric, rows, full, filters=True)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from robustflat.reporting.correlation import Correlation
+from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.drawing import Drawing, Points
 from robustflat.reporting.figures import draw, plain_text
 from robustflat.reporting.findings import findings
@@ -59,7 +60,9 @@ def _title(results: Sequence[Correlation]) -> str:
     for result in results:
         ends = "" if math.isnan(result.low) else f" [{result.low:.2f}, {result.high:.2f}]"
         told.append(f"{result.method} {result.value:.2f}{ends}" if result.defined else f"{result.method} not defined")
-    return f"{', '.join(told)}; n = {results[0].n}"
+    first = results[0]
+    units = "" if first.n == first.units else f" of {plural(first.units, first.unit)}"
+    return f"{', '.join(told)}; n = {first.n}{units}"
 
 
 def _name_marks(drawing: Drawing, axes: Axes) -> None:

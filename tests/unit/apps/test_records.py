@@ -98,11 +98,32 @@ def test_names_and_troubles_that_a_study_noted(tmp_path):
     record = read_record(run)
     assert (record.label, record.family, record.status) == ("mine", "means", "done")
     assert set(record.table["checkpoint"]) == {"last"}
+    assert record.part == "average"
     (run / NOTE).write_text(json.dumps({**note, "problem": "out of memory"}))
     assert (read_record(run).status, read_record(run).problem) == ("failed", "out of memory")
     assert read_record(run, part="model").status == "failed"
     (run / NOTE).unlink()
     assert "no results of the part 'model'" in read_record(run).problem
+
+
+def test_learning_curves_are_those_of_the_network_that_counts(tmp_path):
+    run = make_run(tmp_path / "a" / "b")
+    line = {"step": 2, "evaluation_average/test_robust_loss": 1.0, "evaluation_average/robust_loss_gap": 0.25}
+    (run / "metrics.jsonl").write_text(METRICS + json.dumps(line) + "\n")
+    (first, _) = read_record(run, part="average").history.to_dict("records")
+    assert first == {"epoch": 1.0, "loss": 1.5, "test/robust_loss": 1.0, "robust_loss_gap": 0.25}
+    (first, _) = read_record(run, part="model").history.to_dict("records")
+    assert (first["test/robust_loss"], first["average/test/robust_loss"]) == (1.25, 1.0)
+
+
+def test_numbers_of_the_last_weights_of_an_averaging_run_say_so(tmp_path):
+    run = make_run(tmp_path / "a" / "b")
+    assert read_record(run).warnings == ()
+    averaging = "  callbacks: {average: {_target_: robustflat.training.callbacks.WeightAverage}}\n"
+    (run / "config.yaml").write_text(CONFIG + averaging)
+    (warning,) = read_record(run).warnings
+    assert "numbers of the last" in warning
+    assert read_record(run, part="average").warnings == ()
 
 
 def damage_results(run: Path) -> None:

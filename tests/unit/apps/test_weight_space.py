@@ -33,6 +33,14 @@ def test_the_clean_spectrum_of_the_checkpoint_counts() -> None:
     assert curvature_of(rows, "early_stopped") == {}
 
 
+def test_other_matrices_are_not_the_hessian() -> None:
+    others = [row("last", "clean_gauss_newton", "lambda_max", 9.0), row("last", "frozen", "lambda_max", 5.0)]
+    found = curvature_of([*others, row("last", "clean~3758c46c", "lambda_max", 3.0)], "last")
+    assert (found["value"], found["loss"]) == (3.0, "clean")
+    assert curvature_of(others, "last")["loss"] == "frozen"
+    assert curvature_of(others[:1], "last") == {}
+
+
 def test_figures_of_one_set_of_examples_are_not_mixed_with_those_of_another() -> None:
     splits = {"test[:8]": 3.0, "test[:16]": 4.0, "train[:16]": 5.0}
     rows = [{**row("last", "clean", "lambda_max", value), "split": split, "count": int(split[6:-1].strip(":"))}

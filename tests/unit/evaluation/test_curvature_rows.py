@@ -35,3 +35,17 @@ def test_sharpness_has_its_two_errors_where_they_are_known() -> None:
     ]
     (only,) = sharpness_rows("sam", {"examples": 8, "value": 2.0})
     assert math.isnan(only["stderr"])
+
+
+def test_other_matrices_and_losses_are_other_measures() -> None:
+    for setting, value, name in (
+        ("curvature", "hessian", "clean"),
+        ("curvature", "gauss_newton", "clean_gauss_newton"),
+        ("reduction", "mean", "clean"),
+        ("reduction", "sum_over_batches", "clean_sum_over_batches"),
+    ):
+        (row,) = spectrum_rows("clean", [4.0], [], {"examples": 8, setting: value}, residuals=(0.0, math.nan))
+        assert row["measure"] == name
+    for loss, name in (("clean loss", "sam"), ("frozen loss, attack Pgd(...)", "sam_frozen")):
+        (row,) = sharpness_rows("sam", {"examples": 8, "value": 2.0, "loss": loss})
+        assert row["measure"] == name

@@ -80,3 +80,17 @@ def test_what_does_not_belong_together_is_told() -> None:
     assert dict(mixed.facts)["Data set"] == "cifar10, digits"
     assert sum("several data sets (cifar10, digits)" in text for text in mixed.cautions) == 1
     assert sum("several threat models" in text for text in mixed.cautions) == 1
+
+
+def test_a_caution_where_flatness_is_of_several_radii() -> None:
+    made = study(4, 1, hostile=False)
+    table = made.runs[0].table
+    narrow = replace(made.runs[0], table=table.assign(radius=table["radius"].where(table["measure"] != "worst", 0.001)))
+    found = Findings((Correlation("Pearson", "x", "y"),), (Correlation("Pearson", "x", "y"),), ())
+    alike, mixed = (
+        answer_of(Material(replace(made, runs=[run, *made.runs[1:]])), found) for run in (made.runs[0], narrow)
+    )
+    assert not any("several radii" in text for text in alike.cautions)
+    assert [text for text in mixed.cautions if "several radii" in text] == [
+        "The worst-case flatness is of several radii or protocols, put together here."
+    ]

@@ -79,6 +79,9 @@ def test_what_is_missing_or_other_is_said() -> None:
     assert why_not_comparable(ours(experiment="cifar10-at")) == "experiment cifar10-at"
     table = ours().table.assign(epsilon=0.3)
     assert "epsilon 0.3" in why_not_comparable(ours(table=table))
+    averaged = ours("weight_averaging_098")
+    assert why_not_comparable(averaged) == ""
+    assert why_not_comparable(replace(averaged, part="model")) == "not the averaged weights"
     assert "32 examples" in why_not_comparable(ours(table=ours().table.assign(count=32)))
 
 

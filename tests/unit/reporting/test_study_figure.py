@@ -14,7 +14,10 @@ from tests.unit.reporting.made_up import HOSTILE, failed, study
 def test_titles_tell_correlation_interval_and_count() -> None:
     figure = study_figure(study(8, 2, hostile=False, full=False))
     titles = [axes.get_title() for axes in figure.axes]
-    assert all(title.startswith("Pearson 0.9") and title.endswith("n = 16") for title in titles)
+    # Intervals are over what is independent, which seeds are not.
+    assert all(title.startswith("Pearson 0.9") and title.endswith("n = 16 of 8 configurations") for title in titles)
+    single = study_figure(study(8, 1, hostile=False, full=False))
+    assert all(axes.get_title().endswith("n = 8") for axes in single.axes)
     assert [axes.get_xlabel().split(" (")[0] for axes in figure.axes] == [
         "average-case flatness",
         "worst-case flatness",
