@@ -1,7 +1,7 @@
 """What a card makes of one robust network: epochs of training, flatness, AutoAttack, and bf16 training beside fp32.
 
     python benchmarks/card.py --device cuda --data cifar.npz        ResNet-18 with 64 channels; minutes on an H200
-    python benchmarks/card.py --channels 4 --train 256 --images 16 --epochs 1 --trials 2 --steps 2 --budget quick
+    python benchmarks/card.py --channels 4 --train 256 --images 16 --epochs 1 --trials 2 --steps 2 --budget preview
 
 Trains with PGD-7 in fp32 and in bf16 from the same weights and draws, then measures what fp32 trained. The .npz holds
 uint8 arrays train_images, test_images (N, H, W, C) and integer train_labels, test_labels; without it images are made
@@ -71,10 +71,12 @@ def main() -> None:
     networks, rows = {}, {}
     for precision in ("fp32", "bf16"):
         networks[precision], rows[precision] = trained(precision, train, test, given)
-    report.figures(f"AT, PGD-7, batch {BATCH}, {given.epochs} x {given.train} images, compile {given.compile}, {what}", rows)
+    how = f"{given.epochs} x {given.train} images, compile {given.compile}"
+    report.figures(f"AT, PGD-7, batch {BATCH}, {how}, {what}", rows)
     model, x, y = networks["fp32"], *next(iter(test.batches(given.images)))
     for title, ways in measurements(given).items():
-        report.figures(f"{title}, {len(x)} images, {what}", {name: measured(run, model, x, y) for name, run in ways.items()})
+        found = {search: measured(run, model, x, y, search) for search, run in ways.items()}
+        report.figures(f"{title}, {len(x)} images, {what}", found)
 
 
 def sets(given: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
@@ -125,7 +127,7 @@ def trained(precision: str, train: ImageSet, test: ImageSet, given: argparse.Nam
         step()
     seconds = elapsed(lambda: [step() for _ in range(steps - warm)], given.device)[1] / (steps - warm)
     gflop = (2 * 7 + 1 + 3) * forward_gflop(model, torch.rand(BATCH, 3, 32, 32, device=given.device))
-    row = shared_row(seconds, BATCH, gflop, given.device, precision)
+    row = figures_of(seconds, BATCH, gflop, given.device, precision)
     model.eval()
     x, y = next(iter(test.batches(given.images)))
     with torch.no_grad():
@@ -168,29 +170,27 @@ def measurements(given: argparse.Namespace) -> Mapping[str, Mapping[str, Measure
     attack = Pgd(LinfBall(EPSILON), steps=given.steps, step_size=STEP)
     trials, steps = given.trials, given.steps
     average = {
-        s: flat(AverageFlatness(trials=trials, attack=attack, search=s), trials * (2 * steps + 1)) for s in given.searches
+        search: flat(AverageFlatness(trials=trials, attack=attack, search=search), trials * (2 * steps + 1))
+        for search in given.searches
     }
-    worst = {
-        s: flat(WorstFlatness(restarts=trials, steps=steps, search=s), trials * (3 * steps + 1))
-        for s in given.searches
-        if s != "bf16"
-    }
+    worst = {"fp32": flat(WorstFlatness(restarts=trials, steps=steps, search="fp32"), trials * (3 * steps + 1))}
     return {
         f"Average-case flatness, {trials} draws x PGD-{steps}": average,
         f"Worst-case flatness, {trials} restarts x {steps} steps": worst,
-        "AutoAttack standard": {s: autoattack(s) for s in given.searches},
+        f"AutoAttack standard, {given.budget}": {search: autoattack(search) for search in given.searches},
     }
 
 
-def measured(run: Measure, model: nn.Module, x: Tensor, y: Tensor) -> Row:
+def measured(run: Measure, model: nn.Module, x: Tensor, y: Tensor, search: str) -> Row:
     (text, images), seconds = elapsed(lambda: run(model, x, y), str(x.device))
     gflop = images * forward_gflop(model, x[:1])
-    return shared_row(seconds, images, gflop, str(x.device), "fp32") | {"found": {"value": text}}
+    precision = "bf16" if search == "bf16" else "fp32"
+    return figures_of(seconds, images, gflop, str(x.device), precision) | {"found": {"value": text}}
 
 
-def shared_row(seconds: float, images: float, gflop: float, device: str, precision: str) -> Row:
-    rate = limits(device)[f"convolution_{precision}_gflops"]
-    return {"wall": seconds, "images_per_second": images / seconds, "gflop": gflop, "share_of_limit": gflop / seconds / rate}
+def figures_of(seconds: float, images: float, gflop: float, device: str, precision: str) -> Row:
+    share = gflop / seconds / limits(device)[f"convolution_{precision}_gflops"]
+    return {"wall": seconds, "images_per_second": images / seconds, "gflop": gflop, "share_of_limit": share}
 
 
 def elapsed(work: Callable[[], Any], device: str) -> tuple[Any, float]:

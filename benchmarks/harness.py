@@ -134,15 +134,17 @@ def _peak() -> float:
 def limits(device: str = "cpu") -> dict[str, float]:
     """What the machine can do: rate of a large convolution in GFLOP/s by type, and of copying memory in GB/s.
 
-    On a CPU these are rates per processor second, hence of one core.
+    On a CPU these are rates per processor second, hence of one core. On a card fp32 is what torch makes of it there:
+    TF32 in convolutions, unless it was told otherwise.
     """
     found: dict[str, float] = {}
+    width, images = (256, 512) if on_cuda(device) else (64, 64)  # a small one would measure the launch on a card
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        layer = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(device, dtype, memory_format=torch.channels_last)
-        x = torch.rand(64, 64, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        layer = nn.Conv2d(width, width, 3, padding=1, bias=False).to(device, dtype, memory_format=torch.channels_last)
+        x = torch.rand(images, width, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             timing = in_turn({"conv": lambda layer=layer, x=x: layer(x)}, 5, device=device)["conv"]
-        found[f"convolution_{name}_gflops"] = 2 * x.numel() * 64 * 9 / timing.seconds(device) / 1e9
+        found[f"convolution_{name}_gflops"] = 2 * x.numel() * width * 9 / timing.seconds(device) / 1e9
     source, target = torch.zeros(2**26, device=device), torch.zeros(2**26, device=device)
     timing = in_turn({"copy": lambda: target.copy_(source)}, 5, device=device)["copy"]
     found["copy_gb_per_second"] = 2 * source.numel() * 4 / timing.seconds(device) / 1e9

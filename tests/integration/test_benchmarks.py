@@ -53,6 +53,17 @@ def test_a_benchmark_runs_and_says_what_was_found(benchmark, name):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_a_card_runs_on_a_processor(benchmark, monkeypatch):
+    monkeypatch.setattr(
+        "benchmarks.card.limits", lambda device: {f"convolution_{p}_gflops": 1.0 for p in ("fp32", "bf16")}
+    )
+    small = "--channels 2 --train 256 --images 8 --epochs 1 --trials 2 --steps 1 --budget preview"
+    tables = benchmark("card", "--no-memory", *small.split())
+    assert len(tables) == 4
+    assert all(row["found"] and row["wall"] > 0 for ways in tables.values() for row in ways.values())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "key"), [("training", "loss found"), ("flatness", "flatness found")])
 def test_ways_in_the_same_precision_find_the_same(benchmark, name, key):
     tables = benchmark(name, "--no-memory", *SMALL[name].split())
