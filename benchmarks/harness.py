@@ -134,18 +134,17 @@ def _peak() -> float:
 def limits(device: str = "cpu") -> dict[str, float]:
     """What the machine can do: rate of a large convolution in GFLOP/s by type, and of copying memory in GB/s.
 
-    On a CPU these are rates per processor second, hence of one core. On a card fp32 is what torch makes of it there:
-    TF32 in convolutions, unless it was told otherwise.
+    On a CPU these are rates per processor second, hence of one core; on a card fp32 may be TF32, as in the ways.
     """
     found: dict[str, float] = {}
-    width, images = (256, 512) if on_cuda(device) else (64, 64)  # a small one would measure the launch on a card
+    width, sources = (512, 2**28) if on_cuda(device) else (64, 2**26)  # a card is not filled by what fills a core
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         layer = nn.Conv2d(width, width, 3, padding=1, bias=False).to(device, dtype, memory_format=torch.channels_last)
-        x = torch.rand(images, width, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        x = torch.rand(width, width, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             timing = in_turn({"conv": lambda layer=layer, x=x: layer(x)}, 5, device=device)["conv"]
         found[f"convolution_{name}_gflops"] = 2 * x.numel() * width * 9 / timing.seconds(device) / 1e9
-    source, target = torch.zeros(2**26, device=device), torch.zeros(2**26, device=device)
+    source, target = torch.zeros(sources, device=device), torch.zeros(sources, device=device)
     timing = in_turn({"copy": lambda: target.copy_(source)}, 5, device=device)["copy"]
     found["copy_gb_per_second"] = 2 * source.numel() * 4 / timing.seconds(device) / 1e9
     return found
@@ -159,7 +158,7 @@ class Report:
 
     Attributes:
         memory: whether peak memory is measured too.
-        goals: whether goals are stated; they are meant for certain sizes.
+        goals: whether goals are stated, on a CPU; they are meant for certain sizes.
         apart: whether ways run in two processes, one for those that run as scripts do (CPU, one thread); otherwise all
             run in this one and keep the memory they free.
     """
@@ -167,6 +166,8 @@ class Report:
     def __init__(self, given: argparse.Namespace) -> None:
         self.device, self.rounds, self.path = str(given.device), int(given.rounds), Path(given.results)
         self.memory, self.goals = bool(given.memory), True
+        if not on_cuda(self.device):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # next to a card, a process that has taken a gradient cannot fork
         torch.set_num_threads(given.threads)
         self.apart = not on_cuda(self.device) and int(given.threads) == 1 and hasattr(os, "fork") and not given.together
 
@@ -202,7 +203,9 @@ class Report:
             timing, seconds = timings[name], timings[name].seconds(self.device)
             row = {key: getattr(timing, key) for key in ("processor", "wall", "spread", "rounds")}
             row["ratio"] = seconds / base if cost else base / seconds
-            row |= _against(row["ratio"], way.goal if self.goals else None, at_most=bool(cost))
+            row |= _against(
+                row["ratio"], way.goal if self.goals and not on_cuda(self.device) else None, at_most=bool(cost)
+            )
             row |= {f"{work[1]}_per_second": work[0] / timing.wall} if work else {}
             row |= {"memory_mib": memory[name]} if memory else {}
             row |= self._share(way, timing)
@@ -226,7 +229,9 @@ class Report:
         rows: dict[str, dict[str, Any]] = {}
         for name, value in used.items():
             rows[name] = {"memory_mib": value, "ratio": value / base}
-            rows[name] |= _against(value / base, goals.get(name) if self.goals else None, at_most=True)
+            rows[name] |= _against(
+                value / base, goals.get(name) if self.goals and not on_cuda(self.device) else None, at_most=True
+            )
         self._print(title, rows, "of the first", "")
         self._store(title, rows, "memory")
 

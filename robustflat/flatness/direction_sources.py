@@ -40,7 +40,7 @@ class DirectionSource(Protocol):
 
 
 class RandomDirections:
-    """Gaussian entries that depend on the seed and the layout alone: networks of one architecture share them."""
+    """Gaussian entries that depend on seed, layout and kind of device: networks of one architecture share them."""
 
     def __call__(self, found: Subject, examples: Examples, *, count: int, seed: int) -> list[Weights]:
         """See `DirectionSource`; direction i is the same for every count."""

@@ -183,7 +183,7 @@ class CurveArea(Measure):
         """In nats (times the logarithm of a ratio of radii); divided by log(high / low) in the details."""
         logs = torch.linspace(math.log(self.low), math.log(self.high), self.points, dtype=torch.float64)
         curve = [_scaled_rises(surface, self.ball, math.exp(float(x)), self.draws) for x in logs]
-        areas = torch.trapezoid(torch.stack(curve), logs, dim=0)  # (draws, N)
+        areas = torch.trapezoid(torch.stack(curve), logs.to(curve[0]), dim=0)  # (draws, N)
         found, over_examples = mean_of(areas.mean(dim=1)), mean_of(areas.mean(dim=0))
         mean = found.value / math.log(self.high / self.low)
         return Reading(*found, {"mean_height": mean}, over_examples.standard_error)

@@ -54,6 +54,21 @@ def taking(clock, seconds: list[float], result: object = None):
     return run
 
 
+def test_a_card_has_its_own_limits_and_no_goals_and_a_processor_sees_none(tmp_path, monkeypatch):
+    settings = {"rounds": 1, "results": tmp_path / "results.json", "memory": False, "threads": 1, "together": True}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setattr(harness, "limits", lambda device: {"convolution_fp32_gflops": 10.0})
+    monkeypatch.setattr(harness, "machine", lambda device: "a card")
+    ways = {"slow": Way(lambda: sum(range(100_000)), goal=1e9), "quick": Way(lambda: 0, goal=1e9)}
+    rows = Report(Namespace(**settings, device="cuda")).compare("a card", ways)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert all("goal" not in row for row in rows.values())
+    rows = Report(Namespace(**settings, device="cpu")).compare("a processor", ways)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # a process that knows of a card cannot fork after a gradient
+    assert all("goal" in row for row in rows.values())
+
+
 def test_ways_take_turns_and_medians_and_quartiles_count(clock):
     order: list[str] = []
     seconds = [9.0, 1.0, 2.0, 4.0, 8.0, 3.0]  # the first warms up
