@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from robustflat.errors import UserError, require_one_of
 from robustflat.models.consumers import alone
-from robustflat.models.likeness import alike, answer, moved
+from robustflat.models.likeness import alike, answer, fewest, moved
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
@@ -167,12 +167,11 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        network = copy.deepcopy(model)
+        return copy.deepcopy(model).eval().requires_grad_(False)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"{type(model).__name__} cannot be copied for rewriting ({error}). Search with the plain model."
         ) from error
-    return network.eval().requires_grad_(False)
 
 
 def _folded_or_not(
@@ -235,12 +234,13 @@ def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) ->
     if has_instance_norm(network):
         notes.append("channels-last left out: not for instance norm")
         return False
-    one = example[:1].contiguous()
+    forward = network.forward  # makes no pass that anyone counts
+    few = fewest(forward, example)
     with moved(network):
-        usual = answer(network.forward, one)  # as no pass that anyone counts
+        usual = answer(forward, few)
     network.to(memory_format=torch.channels_last)
     with moved(network):
-        if alike(usual, answer(network.forward, one.contiguous(memory_format=torch.channels_last)), _LOOSE):
+        if alike(usual, answer(forward, few.contiguous(memory_format=torch.channels_last)), _LOOSE):
             return True
     network.to(memory_format=torch.contiguous_format)
     notes.append("channels-last left out: the network does not take it")

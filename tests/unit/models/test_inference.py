@@ -265,6 +265,24 @@ def test_gradients_of_instance_norm_are_right_for_a_single_image() -> None:
     torch.testing.assert_close(gradient(fast, images(1)), gradient(model, images(1)), rtol=1e-3, atol=1e-5)
 
 
+def test_a_network_that_takes_no_single_image_is_in_channels_last_order() -> None:
+    class Squeezes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()  # type: ignore[no-any-return]
+
+    model = trained(Squeezes(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+    fast = rewrite(model, images())
+    assert fast.channels_last
+    torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    model.register_buffer("last", torch.ones(1, requires_grad=True) * 2)
+    with pytest.raises(UserError, match="Sequential cannot be copied for rewriting"):
+        rewrite(model, images())
+
+
 class Turned(nn.Module):
     """Batch norm of a tensor whose only image has strides that PyTorch 2.14 gets wrong on the way back."""
 
