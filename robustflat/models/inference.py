@@ -20,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from robustflat.errors import UserError, require_one_of
 from robustflat.models.consumers import alone
+from robustflat.models.likeness import alike, answer, fewest, moved
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
@@ -38,6 +39,9 @@ _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ReBatchNorm)
 
 _TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest logit, that folding may make: rounding, and no more."""
+
+# Of gradients, in which ReLUs open and close: beyond this something else is computed.
+_LOOSE = 0.1
 
 # Beyond this a half-precision copy no longer resembles the network, and a search with it would be wasted.
 _HALF_TOLERANCE = 0.25
@@ -165,12 +169,11 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        network = copy.deepcopy(model)
+        return copy.deepcopy(model).eval().requires_grad_(False)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"{type(model).__name__} cannot be copied for rewriting ({error}). Search with the plain model."
         ) from error
-    return network.eval().requires_grad_(False)
 
 
 def _folded_or_not(
@@ -233,14 +236,17 @@ def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) ->
     if has_instance_norm(network):
         notes.append("channels-last left out: not for instance norm")
         return False
+    forward = network.forward  # makes no pass that anyone counts
+    few = fewest(forward, example)
+    with moved(network):
+        usual = answer(forward, few)
     network.to(memory_format=torch.channels_last)
-    try:
-        _logits(network, example.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:  # such as x.view(len(x), -1)
-        network.to(memory_format=torch.contiguous_format)
-        notes.append("channels-last left out: the network does not take it")
-        return False
-    return True
+    with moved(network):
+        if alike(usual, answer(forward, few.contiguous(memory_format=torch.channels_last)), _LOOSE):
+            return True
+    network.to(memory_format=torch.contiguous_format)
+    notes.append("channels-last left out: the network does not take it")
+    return False
 
 
 def has_instance_norm(network: nn.Module) -> bool:

@@ -13,9 +13,16 @@ from torch import Tensor, fx, nn
 from robustflat.models.passes import has_hooks
 from robustflat.models.steps import Call, Calls, Convolution, Place, Step
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDITIONS = (operator.add, torch.add)
 _RECTIFIERS = (torch.relu, torch.relu_, F.relu)
-_CHANGING = (operator.setitem, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul)
+# What x += y and the like change, and what computes the same numbers anew.
+_CHANGING = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
 
 
@@ -52,7 +59,8 @@ def traced(network: nn.Module, example: Tensor) -> Traced:
         raise UntraceableError("hooks")
     network = _Images(network)
     try:
-        graph = _Tracer().trace(network)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            graph = _Tracer().trace(network)
         kinds = _Kinds(fx.GraphModule(network, graph))
         with torch.no_grad():
             kinds.run(example)
@@ -81,8 +89,34 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call, which must not depend on what surrounds it.
+
+        Raises:
+            UntraceableError: inside a block without gradients, or with types of its own.
+        """
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            raise UntraceableError("a call inside no_grad or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the result of a call."""
+        return _Value(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return next(m.children(), None) is None
+
+
+class _Value(fx.Proxy):
+    """Tells x += y, which others may see, from x = x + y."""
+
+
+def _changing(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+for _function in _CHANGING:
+    setattr(_Value, f"__{_function.__name__}__", _changing(_function))
 
 
 def _simplify_(network: nn.Module, graph: fx.Graph) -> None:
@@ -98,6 +132,8 @@ def _simplify_(network: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
     for node in graph.nodes:
         _require_harmless(network, node)
+        if node.target in _CHANGING:
+            node.target = _CHANGING[node.target]
 
 
 class _Kind(NamedTuple):
@@ -254,7 +290,7 @@ class _Plan:
             function = _Method(str(node.target))
         else:
             assert callable(node.target)
-            function = torch.add if node.target is operator.iadd else node.target
+            function = node.target
         return Call(function, arguments, keywords, self._numbers[node])
 
     def _place(self, node: Any) -> Place:
@@ -297,7 +333,9 @@ def _require_harmless(network: nn.Module, node: fx.Node) -> None:
         UntraceableError: naming the node.
     """
     name = str(getattr(node.target, "__name__", node.target))
-    if node.op == "call_function" and ("out" in node.kwargs or node.target in _CHANGING):
+    if node.op == "call_function" and ("out" in node.kwargs or node.target is operator.setitem):
+        raise UntraceableError(name)
+    if node.target in _CHANGING and any(user > node for user in _users(node.args[0])):
         raise UntraceableError(name)
     if node.op.startswith("call_") and _in_place(network, node):
         changed = node.args[0] if node.args else None
@@ -305,9 +343,13 @@ def _require_harmless(network: nn.Module, node: fx.Node) -> None:
             raise UntraceableError(name)
 
 
+def _users(value: object) -> list[fx.Node]:
+    return list(value.users) if isinstance(value, fx.Node) else []
+
+
 def _in_place(network: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
     changing = name.endswith("_") and not name.endswith("__")
-    return changing or node.target is operator.iadd or bool(node.kwargs.get("inplace", False))
+    return changing or bool(node.kwargs.get("inplace", False))

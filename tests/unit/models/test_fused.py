@@ -77,6 +77,27 @@ class Sliced(nn.Module):
         return logits
 
 
+class Changing(nn.Module):
+    """Changes values and numbers, some of which were read before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y += 0.1 * y.detach().mean((1, 2, 3), keepdim=True)
+        z = self.second(y)
+        z -= 0.5
+        z /= 2
+        z *= y.sigmoid()
+        pixels = x.shape[2]
+        pixels *= x.shape[3]
+        logits: Tensor = self.head(z.reshape(x.shape[0], 8, pixels).mean(2))
+        return logits
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: resnet18(channels=8, norm="rebn", **COLOURS),
     "imagenet stem": lambda: resnet18(channels=8, stem="imagenet", **COLOURS),
@@ -87,6 +108,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "reused": Reused,
     "itself": Itself,
     "sliced": Sliced,
+    "changing": Changing,
 }
 
 
@@ -330,6 +352,12 @@ class _WithoutGraph(_Gated):
             return self.second(y)  # type: ignore[no-any-return]
 
 
+class _InHalf(_Gated):
+    def branch(self, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.second(y).float()  # type: ignore[no-any-return]
+
+
 class _UnderTwoNames(_Gated):
     def branch(self, y: Tensor) -> Tensor:
         z = other = self.second(y)
@@ -342,7 +370,9 @@ class _ByKeyword(Reused):
         return self.head(self.clip(input=self.first(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [_Branches, _Overwrites, _ByKeyword, _NoConvolution, _WithoutGraph, _UnderTwoNames])
+@pytest.mark.parametrize(
+    "kind", [_Branches, _Overwrites, _ByKeyword, _NoConvolution, _WithoutGraph, _UnderTwoNames, _InHalf]
+)
 def test_other_networks_are_left_alone(kind: type[nn.Module]) -> None:
     copied = rewrite(kind().eval(), images(2))
     assert fused(copied, images(2)) is copied

@@ -285,6 +285,45 @@ def test_gradients_of_instance_norm_are_right_for_a_single_image() -> None:
     torch.testing.assert_close(gradient(fast, images(1)), gradient(model, images(1)), rtol=1e-3, atol=1e-5)
 
 
+def test_a_network_that_takes_no_single_image_is_in_channels_last_order() -> None:
+    class Squeezes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()  # type: ignore[no-any-return]
+
+    model = trained(Squeezes(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+    fast = rewrite(model, images())
+    assert fast.channels_last
+    torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    model.register_buffer("last", torch.ones(1, requires_grad=True) * 2)
+    with pytest.raises(UserError, match="Sequential cannot be copied for rewriting"):
+        rewrite(model, images())
+
+
+class Turned(nn.Module):
+    """Batch norm of a tensor whose only image has strides that PyTorch 2.14 gets wrong on the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        turned = y.permute(0, 2, 3, 1).reshape(len(y), 36, 4).transpose(1, 2).reshape(y.shape)
+        return (self.norm(turned) * y.contiguous()).flatten(1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_of_single_images_are_right(count: int) -> None:
+    torch.manual_seed(0)
+    model = trained(Turned())
+    fast = rewrite(model, images().contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(gradient(fast, images(count)), gradient(model, images(count)), rtol=1e-3, atol=1e-5)
+
+
 def test_shared_layers_are_not_folded() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     model = trained(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3), nn.Flatten()))
