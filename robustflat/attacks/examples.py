@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustflat.attacks.inputs import check_images
 from robustflat.errors import UserError, require_range
 from robustflat.models.precision import device_of, dtype_of
-from robustflat.types import Batch
+from robustflat.types import Batch, Forward
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 """A torch tensor or a NumPy array."""
@@ -57,6 +57,27 @@ def _tensor(name: str, values: Array) -> Tensor:
         return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
     raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
+
+
+def answer(model: Forward, x: Tensor) -> Tensor:
+    """What a model says about images x (B, C, H, W), for the first pass of an evaluation or a measure.
+
+    Raises:
+        UserError: if it fails on these images, or returns no tensor.
+    """
+    try:
+        logits = model(x)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
+    if isinstance(logits, Tensor):
+        return logits
+    raise UserError(
+        f"The model must return logits (B, K), got {type(logits).__name__}: wrap it so that it returns them alone."
+    )
 
 
 def require_answers(logits: Tensor, labels: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.examples import answer
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
@@ -51,9 +52,13 @@ def strength(logits: Tensor, y: Tensor, select: str = "cross_entropy") -> Tensor
 
 @torch.no_grad()
 def judged_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (B, K) of images in eval mode, without graph, autocast or TF32, in float32 or better."""
+    """Logits (B, K) of images in eval mode, without graph, autocast or TF32, in float32 or better.
+
+    Raises:
+        UserError: if the model fails on these images or returns no tensor.
+    """
     with held_still(model), exact_float32(x.device):
-        logits: Tensor = model(x)
+        logits = answer(model, x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

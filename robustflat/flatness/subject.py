@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from robustflat.attacks.examples import require_answers
+from robustflat.attacks.examples import answer, require_answers
 from robustflat.attacks.inputs import check_images
 from robustflat.attacks.judging import held_still
 from robustflat.attacks.objectives import predicted_wrong
@@ -152,27 +152,13 @@ def require_deterministic(model: nn.Module, x: Tensor) -> None:
             images, or returns no tensor.
     """
     with held_still(model):
-        first, second = _answer(model, x), model(x)
+        first, second = answer(model, x), model(x)
         if _agree(first, second):
             return
         name, kind = _random_layer(model, x)
     raise UserError(
         f"Two passes over the same images differ, first at layer '{name}' ({kind}), which stays random in eval "
         f"mode. Flatness compares losses, so it needs a deterministic network: switch that randomness off."
-    )
-
-
-def _answer(model: nn.Module, x: Tensor) -> Tensor:
-    try:
-        answer = model(x)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
-    if isinstance(answer, Tensor):
-        return answer
-    raise UserError(
-        f"The model must return logits (B, K), got {type(answer).__name__}: wrap it so that it returns them alone."
     )
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from robustflat.attacks.autoattack import AutoAttack
 from robustflat.attacks.examples import batches_for, require_answers
 from robustflat.errors import UserError
+from robustflat.evaluation.evaluate import evaluate
+from robustflat.flatness.average import AverageFlatness
+from robustflat.flatness.measures.catalogue import measures
 
 MODEL = nn.Linear(1, 1)
 
@@ -71,3 +75,24 @@ def test_answers_that_cannot_be_used_are_refused() -> None:
         require_answers(torch.zeros(2, 2), labels)
     with pytest.raises(UserError, match="not finite for 1 of 2 examples, first for example 1"):
         require_answers(torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.inf, 0.0]]), labels)
+
+
+class Returning(nn.Module):
+    """A network that returns something else than logits."""
+
+    def __init__(self, what: type) -> None:
+        super().__init__()
+        self.layers, self.what = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), what
+
+    def forward(self, x: Tensor) -> object:
+        return self.what([("logits", self.layers(x))])
+
+
+@pytest.mark.parametrize("measure", [evaluate, AutoAttack(), AutoAttack(version="rand"), AverageFlatness(), measures])
+def test_networks_that_do_not_take_these_images_or_return_no_logits_are_refused_by_all(measure) -> None:
+    labels = torch.tensor([0, 1])
+    with pytest.raises(UserError, match=r"Sequential fails on images of shape \(2, 2, 3\): "):
+        measure(Returning(tuple).layers.eval(), torch.rand(2, 2, 2, 3), labels)
+    for what in (tuple, dict):
+        with pytest.raises(UserError, match=rf"must return logits \(B, K\), got {what.__name__}: wrap it"):
+            measure(Returning(what).eval(), torch.rand(2, 1, 2, 2), labels)
