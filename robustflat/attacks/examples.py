@@ -80,6 +80,13 @@ def answer(model: Forward, x: Tensor) -> Tensor:
     )
 
 
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether logits (N, K) look like the output of a softmax: in [0, 1], sums 1, and not the same for all images."""
+    wide = logits.double()
+    sums_to_one = bool(((wide.sum(dim=1) - 1).abs() < 1e-3).all())
+    return sums_to_one and bool((wide >= 0).all()) and bool((wide != wide[:1]).any())
+
+
 def require_answers(logits: Tensor, labels: Tensor) -> None:
     """Refuse logits that are not (N, K) for labels (N,), have no column for a label, or are not finite.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from robustflat.attacks.examples import answer, require_answers
+from robustflat.attacks.examples import answer, are_probabilities, require_answers
 from robustflat.attacks.inputs import check_images
 from robustflat.attacks.judging import held_still
 from robustflat.attacks.objectives import predicted_wrong
@@ -64,7 +64,8 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
             statistic or logit is not finite; no weight can be displaced; the network does not take these images,
-            returns something else than logits, or mixes the examples of a batch; or two passes differ.
+            returns something else than logits (probabilities, too), or mixes the examples of a batch; or two passes
+            differ.
     """
     device, dtype = device_of(model), dtype_of(model)
     moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]
@@ -82,6 +83,11 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     workers().on_first(lambda: require_deterministic(model, moved[0].x))
     logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
     require_answers(torch.cat(logits).to(device), torch.cat([batch.y for batch in moved]))
+    if are_probabilities(torch.cat(logits)):
+        raise UserError(
+            "The network returns probabilities (rows >= 0 that sum to 1), but the loss takes logits: leave its softmax "
+            "out, or wrap it so that it returns their logarithm."
+        )
     return Subject(model, moved, weights)
 
 
