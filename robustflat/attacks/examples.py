@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,6 +58,30 @@ def _tensor(name: str, values: Array) -> Tensor:
         return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
     raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
+
+
+class InFloat32(nn.Module):
+    """A network of 16 bits behind float32 images and logits: half precision resolves neither small steps nor balls.
+
+    Args:
+        model: images in its own type -> logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype_of(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> float32 logits (B, K)."""
+        logits: Tensor = self.model(x.to(self.dtype))
+        return logits.float()
+
+
+def searchable(model: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, list[Batch]]:
+    """The network and its examples; a network of 16 bits as `InFloat32`, its examples in float32."""
+    if dtype_of(model).itemsize >= 4:
+        return model, list(batches)
+    return InFloat32(model), [Batch(batch.x.float(), batch.y) for batch in batches]
 
 
 def answer(model: Forward, x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
-            statistic or logit is not finite; no weight can be displaced; the network does not take these images,
+            statistic or logit is not finite; no weight can be displaced, or one has 16 bits; the network does not take these images,
             returns something else than logits (probabilities, too), or mixes the examples of a batch; or two passes
             differ.
     """
@@ -79,6 +79,7 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     require_evaluation_mode(model)
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)
+    require_resolution(weights)
     require_own_statistics(model)
     workers().on_first(lambda: require_deterministic(model, moved[0].x))
     logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
@@ -131,6 +132,20 @@ def require_finite_weights(model: nn.Module) -> None:
             raise UserError(
                 f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite: flatness around these "
                 f"weights means nothing. Did training diverge, or is the checkpoint damaged?"
+            )
+
+
+def require_resolution(weights: Weights) -> None:
+    """Refuse weights of 16 bits: neighbouring values are further apart than most measures move a weight.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, w in weights.items():
+        if w.dtype.itemsize < 4:
+            raise UserError(
+                f"{name} is {w.dtype}, in which small displacements of the weights are lost to rounding. "
+                f"Measure model.float(), a network of the same weights in float32."
             )
 
 

@@ -77,6 +77,26 @@ def test_answers_that_cannot_be_used_are_refused() -> None:
         require_answers(torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.inf, 0.0]]), labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_16_bits_are_attacked_in_float32_pixels_and_not_moved_in_weight_space(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 2)
+    layer.bias.data = torch.tensor([0.0, -0.5])
+    layer.weight.data = torch.tensor([[0.0] * 4, [3.0, -2.0, 1.0, 0.5]])
+    model, labels = nn.Sequential(nn.Flatten(), layer).eval().to(dtype), torch.ones(8, dtype=torch.long)
+    images = torch.rand(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    score, steepest = images.to(dtype).float().flatten(1) @ layer.weight.data[1].float() - 0.5, 14.25**0.5
+    for norm, reach in (("linf", 6.5), ("l2", steepest)):  # the dual norm of the gradient; no image reaches its box
+        expected = (score <= 0.05 * reach).float()
+        assert 0 < float(expected.mean()) < 1
+        assert AutoAttack(norm=norm, epsilon=0.05)(model, images, labels).robust_accuracy == 1 - expected.mean()
+        result = evaluate(model, images, labels, norm=norm, epsilon=0.05)
+        loss = nn.functional.softplus(0.05 * reach - score).mean()
+        assert (result.robust_error, result.robust_loss) == pytest.approx((float(expected.mean()), float(loss)), rel=5e-3)
+        assert result.precision in ("fp16", "bf16")
+    with pytest.raises(UserError, match=r"1\.weight is torch\.b?float16, .*model\.float\(\)"):
+        AverageFlatness(loss="clean")(model, images, labels)
+
+
 class Returning(nn.Module):
     """A network that returns something else than logits."""
 
