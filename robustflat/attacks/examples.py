@@ -32,14 +32,17 @@ def batches_for(model: nn.Module, images: Array, labels: Array, *, batch_size: i
         Batches with x (B, C, H, W) in [0, 1] and y int64 (B,).
 
     Raises:
-        UserError: if there are no examples, or images or labels have a wrong shape, type or range.
+        UserError: if the model is no module, there are no examples, or images or labels have a wrong shape, type or
+            range.
     """
     require_range("batch_size", batch_size, low=1)
+    require_module(model)
     x, y = _tensor("images", images), _tensor("labels", labels)
     if x.shape[:1] == (0,):
         raise UserError("There are no images: a measure needs at least one.")
     if y.is_floating_point() or y.ndim != 1:
-        raise UserError(f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+        hint = " For one-hot labels give labels.argmax(1)." if y.ndim == 2 and y.shape[1] > 1 else ""
+        raise UserError(f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.{hint}")
     x = x.to(device_of(model))
     x = x.to(dtype_of(model)).div(255) if x.dtype == torch.uint8 else x
     y = y.to(device=x.device, dtype=torch.int64)
@@ -47,6 +50,16 @@ def batches_for(model: nn.Module, images: Array, labels: Array, *, batch_size: i
     if x.dtype != dtype_of(model):
         x = x.to(dtype_of(model))
     return [Batch(x[at : at + batch_size], y[at : at + batch_size]) for at in range(0, len(y), batch_size)]
+
+
+def require_module(model: object) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        UserError: with its type.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The model must be an object of a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _tensor(name: str, values: Array) -> Tensor:
@@ -57,7 +70,8 @@ def _tensor(name: str, values: Array) -> Tensor:
         # Torch knows neither foreign byte order nor arrays that must not be written to, such as files read as needed.
         return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-    raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
+    hint = " Join the batches of a loader by torch.cat." if hasattr(values, "dataset") else ""
+    raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.{hint}")
 
 
 class InFloat32(nn.Module):

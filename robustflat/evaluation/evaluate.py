@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.describe import describe
-from robustflat.attacks.examples import Array, batches_for, searchable
+from robustflat.attacks.examples import Array, batches_for, require_module, searchable
 from robustflat.attacks.nested import ball_of
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.sanity import SanityReport, check_network, report
@@ -244,6 +244,7 @@ def evaluate(
     """
     require_range("seed", seed, low=0)
     require_one_of("norm", norm, BALLS)
+    require_module(model)
     require_evaluation_mode(model)
     start = time.perf_counter()
     precision = precision_of(model)

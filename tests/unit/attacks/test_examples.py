@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from robustflat.attacks.autoattack import AutoAttack
 from robustflat.attacks.examples import batches_for, require_answers
+from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError
 from robustflat.evaluation.evaluate import evaluate
+from robustflat.flatness.audit import audit
 from robustflat.flatness.average import AverageFlatness
+from robustflat.flatness.hessian import hessian_spectrum
 from robustflat.flatness.measures.catalogue import measures
 
 MODEL = nn.Linear(1, 1)
@@ -58,6 +62,10 @@ def test_arrays_that_torch_does_not_take_as_they_are_give_the_same_batch() -> No
         (torch.rand(2, 1, 2, 2), ["cat", "dog"], 2, r"labels must be a torch tensor or a NumPy array .* got list"),
         (np.zeros((1, 1, 2, 2), dtype=np.longdouble), torch.tensor([0]), 2, r"NumPy array of numbers, got float"),
         (torch.tensor(1.0), torch.tensor([0]), 2, "images must have shape"),
+        (torch.rand(2, 1, 2, 2) * 4.7 - 2.1, torch.tensor([0, 1]), 2, "Normalisation belongs into the model"),
+        (torch.full((2, 1, 2, 2), torch.nan), torch.tensor([0, 1]), 2, "not a number"),
+        (torch.rand(2, 1, 2, 2), torch.eye(2), 2, r"of shape \(2, 2\). For one-hot labels give labels.argmax"),
+        (DataLoader(TensorDataset(torch.rand(2, 1, 2, 2))), torch.tensor([0]), 2, "got DataLoader. Join the batches"),
         (np.array(["cat"]), torch.tensor([0]), 2, r"images must be a torch tensor or a NumPy array .* got <U3"),
     ],
 )  # fmt: skip
@@ -95,6 +103,20 @@ def test_networks_of_16_bits_are_attacked_in_float32_pixels_and_not_moved_in_wei
         assert result.precision in ("fp16", "bf16")
     with pytest.raises(UserError, match=r"1\.weight is torch\.b?float16, .*model\.float\(\)"):
         AverageFlatness(loss="clean")(model, images, labels)
+
+
+@pytest.mark.parametrize("measure", [evaluate, AverageFlatness(), measures, audit, hessian_spectrum])
+def test_functions_are_no_networks(measure) -> None:
+    with pytest.raises(UserError, match=r"must be an object of a torch\.nn\.Module, got function"):
+        measure(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(("attack", "name"), [("pgd", "str"), (Pgd, "type"), (AutoAttack(), "AutoAttack")])
+def test_what_is_no_attack_is_refused(attack, name: str) -> None:
+    model = Returning(tuple).layers.eval()
+    for measure in (lambda *of: evaluate(*of, attack=attack), AverageFlatness(attack=attack)):
+        with pytest.raises(UserError, match=rf"attack must be an attack such as Pgd.*, got {name}\. AutoAttack is an"):
+            measure(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
 
 
 class Returning(nn.Module):
