@@ -125,8 +125,8 @@ def _require_attack(attack: object) -> None:
         if "generator" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             return
     raise UserError(
-        f"attack must be an attack such as Pgd(LinfBall(8 / 255), steps=20, step_size=0.007), got {type(attack).__name__}. "
-        "AutoAttack is an evaluation: AutoAttack(...)(model, images, labels)."
+        f"attack must be an attack such as Pgd(LinfBall(8 / 255), steps=20, step_size=0.007), got "
+        f"{type(attack).__name__}. AutoAttack is an evaluation: AutoAttack(...)(model, images, labels)."
     )
 
 

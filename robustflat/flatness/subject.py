@@ -63,9 +63,9 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
-            statistic or logit is not finite; no weight can be displaced, or one has 16 bits; the network does not take these images,
-            returns something else than logits (probabilities, too), or mixes the examples of a batch; or two passes
-            differ.
+            statistic or logit is not finite; no weight can be displaced, or one has 16 bits; the network does
+            not take these images, returns something else than logits (probabilities, too), or mixes the examples of a
+            batch; or two passes differ.
     """
     device, dtype = device_of(model), dtype_of(model)
     moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]

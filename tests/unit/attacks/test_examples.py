@@ -99,7 +99,8 @@ def test_networks_of_16_bits_are_attacked_in_float32_pixels_and_not_moved_in_wei
         assert AutoAttack(norm=norm, epsilon=0.05)(model, images, labels).robust_accuracy == 1 - expected.mean()
         result = evaluate(model, images, labels, norm=norm, epsilon=0.05)
         loss = nn.functional.softplus(0.05 * reach - score).mean()
-        assert (result.robust_error, result.robust_loss) == pytest.approx((float(expected.mean()), float(loss)), rel=5e-3)
+        wanted = float(expected.mean()), float(loss)
+        assert (result.robust_error, result.robust_loss) == pytest.approx(wanted, rel=5e-3)
         assert result.precision in ("fp16", "bf16")
     with pytest.raises(UserError, match=r"1\.weight is torch\.b?float16, .*model\.float\(\)"):
         AverageFlatness(loss="clean")(model, images, labels)
