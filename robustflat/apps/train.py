@@ -259,8 +259,10 @@ def sensible_threads(dataset: Dataset) -> int:
 
 
 def require_splits(config: DictConfig, dataset: Dataset) -> None:
-    """Ask for every split that the evaluation will need, so that a mistake shows before training, not after."""
+    """Ask for all that the evaluation will need, so that a mistake shows before training, not after."""
     plan: EvaluationPlan = build(config.evaluation)
+    if config.flatness is not None:
+        build(config.flatness)
     dataset.sets  # noqa: B018  # what is wrong with the data itself is said before any split is
     for key, text in {**plan.splits, "flatness": plan.flatness_split}.items():
         try:
