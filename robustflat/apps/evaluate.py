@@ -146,7 +146,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             prefix=data_prefix(config, stored, dataset.name),
             parts=parts,
         )
-        console.print(dataset.describe(), markup=False)
+        console.print("\n".join([dataset.describe(), *plan.notes(dataset)]), markup=False)
         if plan.selection is not None and run is not None:
             files = [_early_stopped(config, bench, run)]
         names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
