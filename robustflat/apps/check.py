@@ -10,6 +10,7 @@ import collections.abc
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -244,7 +245,7 @@ def _check_value(node: DictConfig, key: str, hint: Any, path: str) -> Iterator[s
     except OmegaConfBaseException:
         return  # reported by the walk
     if not _fits(value, hint):
-        yield f"{path}: expected {_describe(hint)}, got {_show(value)}."
+        yield f"{path}: expected {_describe(hint)}, got {_show(value)}.{_fraction(value)}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -312,6 +313,12 @@ def _show(value: Any) -> str:
         text = str(OmegaConf.to_container(value, resolve=False))
         return text if len(text) < 80 else text[:77] + "..."
     return f"{value!r} ({type(value).__name__})" if value is not None else "null"
+
+
+def _fraction(value: Any) -> str:
+    """The number that a text such as "8/255" means, to write instead."""
+    found = re.fullmatch(r"(\d+)/([1-9]\d*)", value) if isinstance(value, str) else None
+    return f" Write {int(found[1]) / int(found[2])!r}." if found else ""
 
 
 def _short(target: str) -> str:

@@ -146,7 +146,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
             prefix=data_prefix(config, stored, dataset.name),
             parts=parts,
         )
-        console.print(dataset.describe(), markup=False)
+        console.print("\n".join([dataset.describe(), *plan.notes(dataset)]), markup=False)
         if plan.selection is not None and run is not None:
             files = [_early_stopped(config, bench, run)]
         names = [name for file in files for name in measure_network(bench, file, *network(config, file))]
@@ -288,9 +288,9 @@ def require_sound(config: DictConfig) -> None:
     for group in ("dataset", "model"):
         if config[group] is None:
             problems.append(f"{group}: a checkpoint from elsewhere needs {group}=<choice> to say what it is.")
+    refuse(problems)  # what is missing would only be named again wherever something refers to it
     shared = [f.name for f in fields(Root) if f.name in known]
-    problems += check(OmegaConf.masked_copy(config, shared))
-    refuse(problems)
+    refuse(check(OmegaConf.masked_copy(config, shared)))
     groups = OmegaConf.create(resolved(config))
     groups.evaluation.flatness = None  # a rule of training: there the measure is a group of its own
     check_together(groups)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
@@ -74,6 +76,7 @@ def run_application(name: str) -> None:
     """
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here; Hydra would print part of them and exit
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra: before all values
     try:
         job = importlib.import_module(f"robustflat.apps.{name}").job
         _require_one_process(name)
@@ -109,7 +112,7 @@ def _message(error: Exception, config_name: str) -> str | None:
     if message is not None:
         return message
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return str(error) + _suggest_key(str(error), config_name)
+        return _hydra_message(error) + _suggest_key(str(error), config_name)
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, ImportError | RuntimeError) and "torchvision" in str(error):
@@ -120,20 +123,40 @@ def _message(error: Exception, config_name: str) -> str | None:
     return None
 
 
+def _hydra_message(error: Exception) -> str:
+    """What Hydra says, with the cause that it keeps back, and without advice that ends in the next error."""
+    cause = str(error.__cause__ or "").partition("\n")[0]
+    text = re.sub(r"\nTo append to your config use .*", "", str(error))
+    return f"{text}: {cause}" if "Error merging override" in text and cause else text
+
+
 def _suggest_key(message: str, config_name: str) -> str:
     """What to write instead: quotes around brackets; for a misspelt key, the keys that look most like it."""
     if "input '['" in message:
         return "\nA value with brackets needs quotes of its own: 'dataset.train=\"train[:2000]\"'"
+    if missing := re.search("Could not find '(.+?)'", message):
+        group = config_folder() / missing[1].partition("/")[0]
+        files = [p.relative_to(config_folder()).with_suffix("").as_posix() for p in group.rglob("*.yaml")]
+        close = get_close_matches(missing[1], files, n=3)
+        return f"\nDid you mean {' or '.join(close)}?" if close else ""
     if "Could not override" not in message:
         return ""
     wrong = message.split("'")[1]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        keys = _leaves(hydra.compose(config_name))
+    keys = _keys_near(wrong, config_name)
     last = wrong.rsplit(".", 1)[-1]
     close = [k for k in keys if k.rsplit(".", 1)[-1] == last] or get_close_matches(wrong, keys, n=3)
     close = close or [k for k in keys if get_close_matches(last, [k.rsplit(".", 1)[-1]], n=1)]
     return f"\nDid you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _keys_near(wrong: str, config_name: str) -> list[str]:
+    """Keys of the configuration without the override of `wrong`; where that does not compose, of the default one."""
+    others = [a for a in sys.argv[1:] if not a.startswith("-") and wrong not in a.partition("=")[0]]
+    for overrides in (others, []):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"), suppress(HydraException):
+            return _leaves(hydra.compose(config_name, overrides))
+    return []
 
 
 def _leaves(node: DictConfig) -> list[str]:

@@ -162,7 +162,8 @@ def _line(place: Workplace, variant: Variant, rows: list[Row], curvature: str) -
         if row["metric"] in SHOWN and row["role"] in ("test", "train") and "_on_" not in row["metric"]:
             if row["metric"] == "robust_error_at_99tpr":
                 continue
-            key = " ".join((str(row["role"]), str(row["metric"]), str(row["measure"]))).removesuffix(" clean")
+            measure = str(row["measure"]).partition("~")[0]  # one name in all lines, whatever else is in the store
+            key = " ".join((str(row["role"]), str(row["metric"]), measure)).removesuffix(" clean")
             line |= {key: row["value"], f"{key} stderr": row["stderr"]}
     arrays = place.store.read(curvature).arrays
     for label, end in (("lambda_max", "top"), ("lambda_min", "bottom")):

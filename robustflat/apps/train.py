@@ -192,15 +192,18 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     """Build everything, cheapest first and data last, and load the newest checkpoint if there is one."""
     torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
+    if config.flatness is not None:
+        build(config.flatness)  # so that a mistake in it shows before training, not after
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
     callbacks = {name: build(node) for name, node in named_nodes(config, "callbacks").items()}
     model = seeded_model(config).to(config.device)
     give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
-    one_after_the_other(lambda: require_splits(config, dataset))
+    plan: EvaluationPlan = build(config.evaluation)
+    one_after_the_other(lambda: require_splits(plan, dataset))
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     keep_freed_memory()
-    console.print(dataset.describe(), markup=False)
+    console.print("\n".join([dataset.describe(), *plan.notes(dataset)]), markup=False)
     streams = Streams(config.seed, config.device)
     steps = len(stream := dataset.train_stream(streams)) * config.trainer.epochs
     console.print(
@@ -261,9 +264,8 @@ def sensible_threads(dataset: Dataset) -> int:
     return 1 if dataset.batch_size * dataset.train.images[0].numel() < SMALL_BATCH else DEFAULT_THREADS
 
 
-def require_splits(config: DictConfig, dataset: Dataset) -> None:
+def require_splits(plan: EvaluationPlan, dataset: Dataset) -> None:
     """Ask for every split that the evaluation will need, so that a mistake shows before training, not after."""
-    plan: EvaluationPlan = build(config.evaluation)
     dataset.sets  # noqa: B018  # what is wrong with the data itself is said before any split is
     for key, text in {**plan.splits, "flatness": plan.flatness_split}.items():
         try:

@@ -18,7 +18,7 @@ from robustflat.attacks.describe import describe
 from robustflat.attacks.ensemble import EOT, SEARCHES, VERSIONS, MeanOf, attack_names, attack_piece, member
 from robustflat.attacks.ensemble_progress import Piece, Progress, fingerprint
 from robustflat.attacks.ensemble_result import AutoAttackResult, Tally
-from robustflat.attacks.examples import Array, batches_for, require_answers
+from robustflat.attacks.examples import Array, answer, batches_for, require_answers, searchable
 from robustflat.attacks.hunt import PlainJudge
 from robustflat.attacks.inputs import check_images, check_shapes
 from robustflat.attacks.judging import held_still, judge, nothing_found, succeeded
@@ -120,7 +120,7 @@ class AutoAttack:
             CheckpointError: if `progress` belongs to another evaluation, or is damaged.
         """
         module = model if isinstance(model, nn.Module) else _Function(model, images)
-        ((x, y),) = batches_for(module, images, labels, batch_size=sys.maxsize)
+        module, ((x, y),) = searchable(module, batches_for(module, images, labels, batch_size=sys.maxsize))
         with held_still(module):
             plain = MeanOf(module, EOT) if self.version == "rand" else module
             logits = self._clean(plain, x, y)
@@ -166,7 +166,7 @@ class AutoAttack:
 
     def _clean(self, plain: Forward, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), exact_float32(x.device):
-            logits = torch.cat(workers().map(plain, torch.split(x, self.batch_size))).to(x.device)
+            logits = torch.cat(workers().map(partial(answer, plain), torch.split(x, self.batch_size))).to(x.device)
         require_answers(logits, y)
         if logits.shape[1] < 2:
             raise UserError("The model has one class: there is nothing to confuse it with.")

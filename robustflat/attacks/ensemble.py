@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustflat.attacks.autopgd import AutoPgd
 from robustflat.attacks.ensemble_progress import Piece
+from robustflat.attacks.examples import answer
 from robustflat.attacks.fab import Fab
 from robustflat.attacks.hunt import Confirm, Hunted, PlainJudge
 from robustflat.attacks.judging import succeeded
@@ -180,5 +181,5 @@ class MeanOf:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Log probabilities of images x (B, C, H, W), finite unless the model's logits are not."""
-        mean = torch.stack([self.forward(x) for _ in range(self.passes)]).softmax(dim=2).mean(dim=0)
+        mean = torch.stack([answer(self.forward, x) for _ in range(self.passes)]).softmax(dim=2).mean(dim=0)
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()

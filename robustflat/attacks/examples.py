@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from robustflat.attacks.inputs import check_images
 from robustflat.errors import UserError, require_range
 from robustflat.models.precision import device_of, dtype_of
-from robustflat.types import Batch
+from robustflat.types import Batch, Forward
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 """A torch tensor or a NumPy array."""
@@ -31,14 +32,17 @@ def batches_for(model: nn.Module, images: Array, labels: Array, *, batch_size: i
         Batches with x (B, C, H, W) in [0, 1] and y int64 (B,).
 
     Raises:
-        UserError: if there are no examples, or images or labels have a wrong shape, type or range.
+        UserError: if the model is no module, there are no examples, or images or labels have a wrong shape, type or
+            range.
     """
     require_range("batch_size", batch_size, low=1)
+    require_module(model)
     x, y = _tensor("images", images), _tensor("labels", labels)
     if x.shape[:1] == (0,):
         raise UserError("There are no images: a measure needs at least one.")
     if y.is_floating_point() or y.ndim != 1:
-        raise UserError(f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.")
+        hint = " For one-hot labels give labels.argmax(1)." if y.ndim == 2 and y.shape[1] > 1 else ""
+        raise UserError(f"labels must be integers of shape (N,), got {y.dtype} of shape {tuple(y.shape)}.{hint}")
     x = x.to(device_of(model))
     x = x.to(dtype_of(model)).div(255) if x.dtype == torch.uint8 else x
     y = y.to(device=x.device, dtype=torch.int64)
@@ -46,6 +50,16 @@ def batches_for(model: nn.Module, images: Array, labels: Array, *, batch_size: i
     if x.dtype != dtype_of(model):
         x = x.to(dtype_of(model))
     return [Batch(x[at : at + batch_size], y[at : at + batch_size]) for at in range(0, len(y), batch_size)]
+
+
+def require_module(model: object) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        UserError: with its type.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The model must be an object of a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _tensor(name: str, values: Array) -> Tensor:
@@ -56,7 +70,60 @@ def _tensor(name: str, values: Array) -> Tensor:
         # Torch knows neither foreign byte order nor arrays that must not be written to, such as files read as needed.
         return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-    raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.")
+    hint = " Join the batches of a loader by torch.cat." if hasattr(values, "dataset") else ""
+    raise UserError(f"{name} must be a torch tensor or a NumPy array of numbers, got {kind}.{hint}")
+
+
+class InFloat32(nn.Module):
+    """A network of 16 bits behind float32 images and logits: half precision resolves neither small steps nor balls.
+
+    Args:
+        model: images in its own type -> logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype_of(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> float32 logits (B, K)."""
+        logits: Tensor = self.model(x.to(self.dtype))
+        return logits.float()
+
+
+def searchable(model: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, list[Batch]]:
+    """The network and its examples; a network of 16 bits as `InFloat32`, its examples in float32."""
+    if dtype_of(model).itemsize >= 4:
+        return model, list(batches)
+    return InFloat32(model), [Batch(batch.x.float(), batch.y) for batch in batches]
+
+
+def answer(model: Forward, x: Tensor) -> Tensor:
+    """What a model says about images x (B, C, H, W), for the first pass of an evaluation or a measure.
+
+    Raises:
+        UserError: if it fails on these images, or returns no tensor.
+    """
+    try:
+        logits = model(x)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
+    if isinstance(logits, Tensor):
+        return logits
+    raise UserError(
+        f"The model must return logits (B, K), got {type(logits).__name__}: wrap it so that it returns them alone."
+    )
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether logits (N, K) look like the output of a softmax: in [0, 1], sums 1, and not the same for all images."""
+    wide = logits.double()
+    sums_to_one = bool(((wide.sum(dim=1) - 1).abs() < 1e-3).all())
+    return sums_to_one and bool((wide >= 0).all()) and bool((wide != wide[:1]).any())
 
 
 def require_answers(logits: Tensor, labels: Tensor) -> None:

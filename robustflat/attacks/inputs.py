@@ -54,8 +54,7 @@ def check_images(x: Tensor, y: Tensor, classes: int | None = None) -> None:
         return
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if not (low >= 0.0 and high <= 1.0):  # also true for not-a-number
-        hint = "Are they in 0..255 units? Divide by 255." if high > 2 else _NORMALISED_HINT
-        raise UserError(f"images must lie in [0, 1], got values from {low:g} to {high:g}. {hint}")
+        raise UserError(f"images must lie in [0, 1], got values from {low:g} to {high:g}. {_hint(low, high)}")
     if y.is_floating_point():
         _check_probabilities(y, classes)
         return
@@ -79,8 +78,8 @@ def check_box_on_cpu(x: Tensor, low: float, high: float) -> None:
         return
     smallest, largest = (float(bound) for bound in torch.aminmax(x.detach()))
     if not (smallest >= low - _ROUNDING and largest <= high + _ROUNDING):  # also true for not-a-number
-        hint = "Are they in 0..255 units? Divide by 255." if largest > 2 * high else _NORMALISED_HINT
-        raise UserError(f"images must lie in [{low:g}, {high:g}], got values from {smallest:g} to {largest:g}. {hint}")
+        found = f"values from {smallest:g} to {largest:g}"
+        raise UserError(f"images must lie in [{low:g}, {high:g}], got {found}. {_hint(smallest, largest, high)}")
 
 
 def check_labels_on_cpu(logits: Tensor, y: Tensor) -> None:
@@ -103,7 +102,15 @@ def check_labels_on_cpu(logits: Tensor, y: Tensor) -> None:
 
 
 _ROUNDING = 1e-4
-_NORMALISED_HINT = "Normalisation belongs into the model: wrap it so that it takes images in [0, 1]."
+
+
+def _hint(smallest: float, largest: float, high: float = 1.0) -> str:
+    """What is probably wrong with images of this range, for a box that ends at `high`."""
+    if largest != largest:
+        return "Some pixels are not a number: see images.isnan()."
+    if smallest >= 0 and largest > 2 * high:
+        return "Are they in 0..255 units? Divide by 255."
+    return "Normalisation belongs into the model: wrap it so that it takes images in [0, 1]."
 
 
 def _check_probabilities(y: Tensor, classes: int | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.autopgd import AutoPgd
+from robustflat.attacks.examples import are_probabilities
 from robustflat.attacks.judging import held_still, judge
 from robustflat.attacks.objectives import cross_entropy, margin, predicted_wrong
 from robustflat.attacks.square import Square
@@ -98,7 +99,7 @@ def check_range(x: Tensor) -> Finding:
 
 @torch.no_grad()
 def check_model(model: Forward, x: Tensor) -> list[Finding]:
-    """Mode, determinism and independence of the batch.
+    """Mode, logits, determinism and independence of the batch.
 
     Args:
         model: images -> logits; looked at in eval mode, left as found.
@@ -109,6 +110,9 @@ def check_model(model: Forward, x: Tensor) -> list[Finding]:
     with held_still(model):
         first, again = model(x), model(x)
         halves = torch.cat([model(part) for part in x.flip(0).chunk(2)]).flip(0)
+    if are_probabilities(first):
+        text = "the network returns probabilities, so every loss is another than that of its logits: leave softmax out"
+        findings.append(Finding("logits", "warning", text))
     scale = float(first.abs().max().clamp_min(1e-6))
     repeated = float((first - again).abs().max()) / scale
     apart = float((first - halves).abs().max()) / scale

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from robustflat.attacks.examples import answer
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
@@ -51,9 +53,13 @@ def strength(logits: Tensor, y: Tensor, select: str = "cross_entropy") -> Tensor
 
 @torch.no_grad()
 def judged_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (B, K) of images in eval mode, without graph, autocast or TF32, in float32 or better."""
+    """Logits (B, K) of images in eval mode, without graph, autocast or TF32, in float32 or better.
+
+    Raises:
+        UserError: if the model fails on these images or returns no tensor.
+    """
     with held_still(model), exact_float32(x.device):
-        logits: Tensor = model(x)
+        logits = answer(model, x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -86,12 +92,14 @@ def strongest(
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
 
     Raises:
-        UserError: for another `select` or `search`, restarts < 1 or what is no memory budget; or as the attack does.
+        UserError: for another `select` or `search`, restarts < 1, what is no memory budget or no attack; or as the
+            attack does.
     """
     best: Strongest | None = None
     require_range("restarts", restarts, low=1)
     require_memory_budget(memory_budget)
     check_shapes(x, y)
+    _require_attack(attack)
     searched, judged = search_model(model, x, search) if isinstance(search, str) else search(x), model
     if memory_budget is not None and len(x):
         with held_still(model):
@@ -108,6 +116,18 @@ def strongest(
         best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
     assert best is not None, "restarts is at least 1"
     return best
+
+
+def _require_attack(attack: object) -> None:
+    """Refuse names, classes and the evaluation `AutoAttack`, which is called with a model instead."""
+    if callable(attack) and not isinstance(attack, type):
+        takes = inspect.signature(attack).parameters
+        if "generator" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            return
+    raise UserError(
+        f"attack must be an attack such as Pgd(LinfBall(8 / 255), steps=20, step_size=0.007), got "
+        f"{type(attack).__name__}. AutoAttack is an evaluation: AutoAttack(...)(model, images, labels)."
+    )
 
 
 class SearchCopy:

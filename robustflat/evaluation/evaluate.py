@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.attacks.describe import describe
-from robustflat.attacks.examples import Array, batches_for
+from robustflat.attacks.examples import Array, batches_for, require_module, searchable
 from robustflat.attacks.nested import ball_of
 from robustflat.attacks.pgd import Pgd
 from robustflat.attacks.sanity import SanityReport, check_network, report
@@ -244,9 +244,11 @@ def evaluate(
     """
     require_range("seed", seed, low=0)
     require_one_of("norm", norm, BALLS)
+    require_module(model)
     require_evaluation_mode(model)
     start = time.perf_counter()
-    batches = batches_for(model, images, labels, batch_size=batch_size)
+    precision = precision_of(model)
+    model, batches = searchable(model, batches_for(model, images, labels, batch_size=batch_size))
     chosen, restarts = (standard_attack(norm, epsilon), PGD_RESTARTS) if attack is None else (attack, 1)
     ball = ball_of(chosen)
     clean = predict(model, batches)
@@ -271,7 +273,7 @@ def evaluate(
         attack=describe(chosen),
         norm=getattr(ball, "norm", norm),
         epsilon=float(getattr(ball, "epsilon", epsilon)),
-        precision=precision_of(model),
+        precision=precision,
         seed=seed,
         seconds=time.perf_counter() - start,
         sanity=report(sanity, attacked.findings),

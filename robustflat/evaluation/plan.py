@@ -16,6 +16,7 @@ from robustflat.attacks.nested import ball_of
 from robustflat.attacks.sanity import Finding, check_network
 from robustflat.attacks.strongest import SEARCHES
 from robustflat.data.dataset import Dataset
+from robustflat.data.splits import shared_examples
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.evaluation import metrics
 from robustflat.evaluation.attacked import Attacked, attack_batches, autoattack_batches
@@ -148,6 +149,21 @@ class EvaluationPlan:
             *(Piece("attacks", role, split, name) for name in self.attacks for role, split in splits.items()),
             *(Piece("flatness", role, split, name) for name in self.measures for role, split in measured.items()),
         ]
+
+    def notes(self, dataset: Dataset) -> list[str]:
+        """What stands out: training examples of this evaluation that the data set's training split leaves out."""
+        lines = []
+        for key, split in {"train": self.splits["train"], "flatness_train": self.flatness_splits["train"]}.items():
+            if split is None:
+                continue
+            count = len(dataset.split(split))
+            strange = count - shared_examples(dataset.sets, split, dataset.train_split)
+            if strange:
+                lines.append(
+                    f"  NOTE    evaluation.{key}='{split}': {strange} of its {count} examples are not trained on "
+                    f"(dataset.train='{dataset.train_split}'), so figures and gaps are not those of training examples."
+                )
+        return lines
 
     def attacked(
         self,

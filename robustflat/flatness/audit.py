@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from robustflat.attacks.examples import Array
+from robustflat.attacks.examples import Array, require_module
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.flatness.measures.catalogue import all_defined, chosen
 from robustflat.flatness.measures.measure import (
@@ -177,7 +177,9 @@ def audit(  # noqa: PLR0913  (the options of one call)
         require_range(name, value, low=0, low_open=True)
         if value == 1:
             raise UserError(f"{name}=1 changes nothing: give another value.")
-    for name in transformations:
+    require_module(model)
+    names = [transformations] if isinstance(transformations, str) else transformations
+    for name in names:
         require_one_of("transformation", name, TRANSFORMATIONS)
     wanted = measures if isinstance(measures, Mapping) else chosen(measures)
     plain = copy.deepcopy(model).double()
@@ -187,7 +189,7 @@ def audit(  # noqa: PLR0913  (the options of one call)
     before = all_defined({n: m for n, m in wanted.items() if not m.needs}, surface)
     if measures is not None:
         before.left_out |= {n: "it compares with another network" for n, m in wanted.items() if m.needs}
-    copies, refused = _copies(plain, surface.found.batches[0].x[:16], transformations, factor, temperature, seed)
+    copies, refused = _copies(plain, surface.found.batches[0].x[:16], names, factor, temperature, seed)
     rows: list[AuditRow] = []
     for name, made in copies.items():
         kept = {n: wanted[n] for n in before}

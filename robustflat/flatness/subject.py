@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from robustflat.attacks.examples import require_answers
+from robustflat.attacks.examples import answer, are_probabilities, require_answers
 from robustflat.attacks.inputs import check_images
 from robustflat.attacks.judging import held_still
 from robustflat.attacks.objectives import predicted_wrong
@@ -63,8 +63,9 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
 
     Raises:
         UserError: if there is no example; images or labels are out of range; a layer is in training mode; a weight,
-            statistic or logit is not finite; no weight can be displaced; the network does not take these images,
-            returns something else than logits, or mixes the examples of a batch; or two passes differ.
+            statistic or logit is not finite; no weight can be displaced, or one has 16 bits; the network does
+            not take these images, returns something else than logits (probabilities, too), or mixes the examples of a
+            batch; or two passes differ.
     """
     device, dtype = device_of(model), dtype_of(model)
     moved = [Batch(*(_usable(t.to(device)) for t in batch)) for batch in batches if len(batch.y)]
@@ -78,10 +79,16 @@ def subject(model: nn.Module, batches: Sequence[Batch], *, norm_layers: bool, bi
     require_evaluation_mode(model)
     require_finite_weights(model)
     weights = perturbable(model, norm_layers=norm_layers, biases=biases)
+    require_resolution(weights)
     require_own_statistics(model)
     workers().on_first(lambda: require_deterministic(model, moved[0].x))
     logits = workers().map(lambda batch: judged_logits(model, batch.x), moved)
     require_answers(torch.cat(logits).to(device), torch.cat([batch.y for batch in moved]))
+    if are_probabilities(torch.cat(logits)):
+        raise UserError(
+            "The network returns probabilities (rows >= 0 that sum to 1), but the loss takes logits: leave its softmax "
+            "out, or wrap it so that it returns their logarithm."
+        )
     return Subject(model, moved, weights)
 
 
@@ -128,6 +135,20 @@ def require_finite_weights(model: nn.Module) -> None:
             )
 
 
+def require_resolution(weights: Weights) -> None:
+    """Refuse weights of 16 bits: neighbouring values are further apart than most measures move a weight.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, w in weights.items():
+        if w.dtype.itemsize < 4:
+            raise UserError(
+                f"{name} is {w.dtype}, in which small displacements of the weights are lost to rounding. "
+                f"Measure model.float(), a network of the same weights in float32."
+            )
+
+
 def require_own_statistics(model: nn.Module) -> None:
     """Refuse batch norms that normalise by the batch even in eval mode.
 
@@ -152,27 +173,13 @@ def require_deterministic(model: nn.Module, x: Tensor) -> None:
             images, or returns no tensor.
     """
     with held_still(model):
-        first, second = _answer(model, x), model(x)
+        first, second = answer(model, x), model(x)
         if _agree(first, second):
             return
         name, kind = _random_layer(model, x)
     raise UserError(
         f"Two passes over the same images differ, first at layer '{name}' ({kind}), which stays random in eval "
         f"mode. Flatness compares losses, so it needs a deterministic network: switch that randomness off."
-    )
-
-
-def _answer(model: nn.Module, x: Tensor) -> Tensor:
-    try:
-        answer = model(x)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(f"{type(model).__name__} fails on images of shape {tuple(x.shape[1:])}: {error}.") from error
-    if isinstance(answer, Tensor):
-        return answer
-    raise UserError(
-        f"The model must return logits (B, K), got {type(answer).__name__}: wrap it so that it returns them alone."
     )
 
 

@@ -33,6 +33,17 @@ MISTAKES = {
     "no epochs": (["trainer.epochs=0"], ["trainer.epochs=0"]),
     "classes that do not fit": (["model.classes=7"], ["model.classes=7", "dataset.classes=10"]),
     "an unknown precision": (["trainer.precision=fp8"], ["precision must be one of", "bf16"]),
+    "a key of the chosen method": (
+        ["trainer=trades", "trainer.loss.bta=6"],
+        ["'trainer.loss.bta'.\nDid you mean trainer.loss.beta"],
+    ),
+    "a misspelt file of a group's folder": (
+        ["+experiment=iccv21/trades6"],
+        ["Did you mean experiment/iccv21/trades_6"],
+    ),
+    "a fraction": (["attack.ball.epsilon=8/255"], ["attack.ball.epsilon: expected float", "Write 0.0313725490196"]),
+    "a letter for the seed": (["seed=a"], ["'a' of type 'str' could not be converted to Integer"]),
+    "no trials of flatness": (["flatness.trials=0"], ["flatness: trials must lie in [1, inf), got 0"]),
     "a group that is not there": (["optimiser=sgd"], ["optimizer"]),
 }
 

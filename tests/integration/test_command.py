@@ -104,3 +104,9 @@ def test_a_run_stopped_by_sigterm_goes_on_with_the_same_command(cli, tmp_path, m
     again = cli(*TINY)
     assert again.code == 0
     assert "going on after epoch 1 of 2" in again.out
+
+
+def test_a_sweep_may_be_asked_for_behind_or_between_the_values(cli, tmp_path):
+    answer = cli(*TINY[:2], "-m", *TINY[2:], "explain=true", "seed=0,1")
+    assert answer.code == 0, answer.err
+    assert answer.out.count("cost of a step") == 2

@@ -82,6 +82,7 @@ def chosen(names: Sequence[str] | None) -> dict[str, SharpnessMeasure]:
     Raises:
         UserError: for an unknown name.
     """
+    names = [names] if isinstance(names, str) else names
     for name in names or ():
         require_one_of("measure", name, STANDARD)
     return {name: STANDARD[name] for name in (STANDARD if names is None else names)}

@@ -81,6 +81,13 @@ def test_training_mode_is_reported_and_left_as_found() -> None:
     assert model.training
 
 
+def test_a_softmax_inside_the_network_is_noticed_and_its_logarithm_is_fine() -> None:
+    model, x = linear(), images()
+    assert "softmax" in {f.check: f.message for f in check_model(lambda v: model(v).softmax(1), x)}["logits"]
+    for fine in (lambda v: model(v).log_softmax(1), lambda v: torch.eye(3)[:1].expand(len(v), 3)):
+        assert "logits" not in levels(check_model(fine, x))
+
+
 def test_a_random_model_is_sent_to_the_rand_version() -> None:
     findings = check_model(lambda x: x.flatten(1)[:, :3] + torch.rand(len(x), 3), images())
     assert levels(findings)["deterministic"] == "warning"

@@ -153,6 +153,21 @@ def test_an_example_that_any_run_fools_counts_even_if_the_run_with_the_highest_l
     assert (measured["robust_error"], measured["robust_loss"]) == (1.0, pytest.approx(losses[1]))
 
 
+@pytest.mark.parametrize(
+    ("trained", "measured", "strangers"),
+    [("train[:64]", "train[:500]", 436), ("train[:-500]", "train", 500), ("train[::2]", "train[1:11]", 5),
+     ("train[:-500]", "train[:797]", 0), ("train", "train[:500]/balanced", 0)],
+)  # fmt: skip
+def test_examples_that_are_called_training_examples_but_are_not_are_pointed_out(trained, measured, strangers) -> None:
+    data = Dataset(source=Digits(), classes=10, channels=1, mean=[0.3], std=[0.4], train=trained)
+    splits = {"test": "test", "train": measured, "flatness": None}
+    notes = EvaluationPlan(norm="linf", epsilon=1, step_size=1, attacks={}, **splits).notes(data)
+    assert len(notes) == bool(strangers)
+    if strangers:
+        assert f"evaluation.train='{measured}': {strangers} of its {len(data.split(measured))} examples" in notes[0]
+        assert f"(dataset.train='{trained}')" in notes[0]
+
+
 def test_images_of_many_pixels_are_attacked_one_by_one_at_least() -> None:
     plan = EvaluationPlan(norm="linf", epsilon=1, step_size=1, attacks={}, test="test", train=None, flatness=None)
     assert plan._at_once(torch.zeros(1, 3, 384, 384)) == 1

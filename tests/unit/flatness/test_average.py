@@ -331,6 +331,15 @@ def test_images_and_answers_that_do_not_fit_are_refused_in_words() -> None:
         measure(model, images, labels)
 
 
+def test_probabilities_are_refused_and_their_logarithm_measures_the_same_as_logits() -> None:
+    model, (images, labels) = convnet(), examples(4)
+    measure = AverageFlatness(trials=1, loss="clean")
+    with pytest.raises(UserError, match="returns probabilities"):
+        measure(nn.Sequential(*model, nn.Softmax(dim=1)).eval(), images, labels)
+    logarithm = measure(nn.Sequential(*model, nn.LogSoftmax(dim=1)).eval(), images, labels)
+    assert logarithm.value == pytest.approx(measure(model, images, labels).value, rel=1e-4)
+
+
 class Answering(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": x}

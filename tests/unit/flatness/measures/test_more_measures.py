@@ -245,6 +245,7 @@ def test_every_standard_measure_states_its_source_and_is_taken_in_one_call() -> 
     assert "Foret et al., ICLR 2021" in str(found) and "5 passes" in str(found)
     with pytest.raises(UserError, match="Did you mean"):
         measures(model, x, y, only=["samm"])
+    assert measures(model, x, y, only="sam")["sam"].value == found["sam"].value
     with pytest.raises(UserError, match="defined on the clean, frozen loss"):
         robust = Pgd(LinfBall(0.1), steps=1, step_size=0.05)
         measures(model, x, y, only=["lambda_max"], loss="robust", attack=robust)
