@@ -132,8 +132,7 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
     if "_args_" in node:
         yield f"{path}._args_: positional arguments are not allowed; name each argument."
     yield from _check_flags(node, path)
-    if "folder" in node and _inside(made.__module__, WRITERS):
-        yield f"{path}.folder: files go into the run's folder, below outputs=...; leave this out."
+    yield from _check_folder(node, path, made)
     try:
         signature = inspect.signature(made)
     except (ValueError, TypeError):  # written in C, in a package that the user trusts
@@ -165,6 +164,12 @@ def _check_flags(node: DictConfig, path: str) -> Iterator[str]:
             yield f"{path}.{key}: expected true or false, got {_show(node.get(key))}."
     if str(node.get("_convert_", "none")) not in ("none", "partial", "object", "all"):
         yield f"{path}._convert_: must be one of none, partial, object, all, got {_show(node.get('_convert_'))}."
+
+
+def _check_folder(node: DictConfig, path: str, made: Callable[..., Any]) -> Iterator[str]:
+    """Where files go is not a configuration's choice."""
+    if "folder" in node and _inside(made.__module__, WRITERS):
+        yield f"{path}.folder: files go into the run's folder, below outputs=...; leave this out."
 
 
 def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:
