@@ -28,7 +28,7 @@ from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.explain import print_method
 from robustflat.apps.isolated import run_isolated
-from robustflat.apps.measurements import measure
+from robustflat.apps.measurements import instruments, measure
 from robustflat.apps.messages import complain, explained
 from robustflat.apps.profiling import profiled
 from robustflat.apps.rules import check_together
@@ -39,7 +39,6 @@ from robustflat.apps.together import NO_SWEEP, described, one_after_the_other, o
 from robustflat.data.dataset import Dataset
 from robustflat.errors import UserError
 from robustflat.evaluation.periodic import PeriodicEvaluation
-from robustflat.evaluation.plan import EvaluationPlan
 from robustflat.loggers.base import Many
 from robustflat.loggers.console import ConsoleLogger
 from robustflat.loggers.jsonl import JsonlLogger
@@ -196,7 +195,7 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     model = seeded_model(config).to(config.device)
     give_surrogates([attack, *callbacks.values()], config)
     dataset: Dataset = build(config.dataset)
-    one_after_the_other(lambda: require_splits(config, dataset))
+    one_after_the_other(lambda: require_measurable(config, dataset))
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     keep_freed_memory()
     console.print(dataset.describe(), markup=False)
@@ -258,9 +257,13 @@ def sensible_threads(dataset: Dataset) -> int:
     return 1 if dataset.batch_size * dataset.train.images[0].numel() < SMALL_BATCH else DEFAULT_THREADS
 
 
-def require_splits(config: DictConfig, dataset: Dataset) -> None:
-    """Ask for every split that the evaluation will need, so that a mistake shows before training, not after."""
-    plan: EvaluationPlan = build(config.evaluation)
+def require_measurable(config: DictConfig, dataset: Dataset) -> None:
+    """Build what will measure, and ask for every split it needs, so that a mistake shows before training, not after.
+
+    Raises:
+        UserError: for values that a constructor refuses, a missing surrogate, or a split that the data do not have.
+    """
+    plan, _ = instruments(config)
     dataset.sets  # noqa: B018  # what is wrong with the data itself is said before any split is
     for key, text in {**plan.splits, "flatness": plan.flatness_split}.items():
         try:

@@ -30,6 +30,11 @@ MISTAKES = {
     "more examples than there are": (["evaluation.test='test[:9999]'"], ["9999", "500"]),
     "an unknown split": (["evaluation.test=tset"], ["tset", "test"]),
     "a negative learning rate": (["optimizer.lr=-1"], ["lr must lie in"]),
+    "flatness at radius 0": (["flatness.ball.radius=0"], ["flatness: radius must lie in"]),
+    "a surrogate of the evaluation": (
+        ["+attack@evaluation.attacks.moved=transfer", "evaluation.attacks.moved.surrogate=nothere"],
+        ["There is no run 'nothere'"],
+    ),
     "no epochs": (["trainer.epochs=0"], ["trainer.epochs=0"]),
     "classes that do not fit": (["model.classes=7"], ["model.classes=7", "dataset.classes=10"]),
     "an unknown precision": (["trainer.precision=fp8"], ["precision must be one of", "bf16"]),
