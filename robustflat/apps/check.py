@@ -10,6 +10,7 @@ import collections.abc
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -267,7 +268,9 @@ def _check_value(node: DictConfig, key: str, hint: Any, path: str) -> Iterator[s
     except OmegaConfBaseException:
         return  # reported by the walk
     if not _fits(value, hint):
-        yield f"{path}: expected {_describe(hint)}, got {_show(value)}."
+        quotient = re.fullmatch(r"([\d.]+)/255", value) if isinstance(value, str) else None
+        hint_px = f" Pixel values are written '${{px:{quotient.group(1)}}}'." if quotient else ""
+        yield f"{path}: expected {_describe(hint)}, got {_show(value)}.{hint_px}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
