@@ -189,7 +189,7 @@ def test_a_data_set_of_ones_own_by_config_dir(cli, tmp_path):
 def test_help_names_groups_choices_and_examples(cli):
     answer = cli("--help")
     assert answer.code == 0
-    for text in ("Usage:", "trainer=trades attack=pgd_linf", "dataset: ", "pgd_linf", "seed", 'eval "$(python train.py'):
+    for text in ("Usage:", "trainer=trades attack=pgd_linf", "dataset: ", "pgd_linf", "seed", 'eval "$(python'):
         assert text in answer.out
 
 
