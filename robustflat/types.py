@@ -77,28 +77,6 @@ class Attack(Protocol):
         ...
 
 
-class InputBallLike(Protocol):
-    """Geometry of the allowed images around x; see `robustflat.geometry.input_ball`."""
-
-    epsilon: float
-
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Nearest allowed image; images inside stay bit for bit."""
-        ...
-
-    def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Random allowed image."""
-        ...
-
-    def steepest(self, grad: Tensor) -> Tensor:
-        """Direction of norm 1 that increases a linear function with gradient `grad` the most."""
-        ...
-
-    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Distance of each image from its original, (B,)."""
-        ...
-
-
 class Logger(Protocol):
     """Takes named numbers at a step; see `robustflat.loggers`."""
 

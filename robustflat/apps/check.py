@@ -28,10 +28,16 @@ TRUSTED = ("robustflat", "torch.nn", "torch.optim", "torchvision.models", "torch
 functions that run text as code (`torch.fx.graph_module`), compile it, or write files (`torch.save`)."""
 
 NEVER = (
-    "robustflat.apps", "robustflat.loggers.jsonl", "robustflat.reporting", "robustflat.store",
-    "robustflat.training.checkpoint",
+    "robustflat.apps", "robustflat.attacks.ensemble_progress", "robustflat.data.downloads", "robustflat.data.hdf5",
+    "robustflat.data.prepare", "robustflat.loggers.jsonl", "robustflat.loggers.ledger",
+    "robustflat.models.external.optional_package", "robustflat.models.external.robustbench_module",
+    "robustflat.models.profiling", "robustflat.ranks", "robustflat.reporting", "robustflat.store",
+    "robustflat.training.checkpoint", "robustflat.training.profiling",
 )  # fmt: skip
-"""Parts of trusted packages that write files or start things: no configuration needs them."""
+"""Parts of trusted packages that write files, import by name or start things: no configuration needs them."""
+
+WRITERS = ("robustflat.loggers", "robustflat.training.callbacks")
+"""Parts that write into a `folder`, which is the run's and not the configuration's to choose."""
 
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "trainer": frozenset({"model", "data", "attack", "make_optimizer", "make_schedule", "logger", "streams"}),
@@ -127,6 +133,7 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
     if "_args_" in node:
         yield f"{path}._args_: positional arguments are not allowed; name each argument."
     yield from _check_flags(node, path)
+    yield from _check_folder(node, path, made)
     try:
         signature = inspect.signature(made)
     except (ValueError, TypeError):  # written in C, in a package that the user trusts
@@ -160,6 +167,12 @@ def _check_flags(node: DictConfig, path: str) -> Iterator[str]:
         yield f"{path}._convert_: must be one of none, partial, object, all, got {_show(node.get('_convert_'))}."
 
 
+def _check_folder(node: DictConfig, path: str, made: Callable[..., Any]) -> Iterator[str]:
+    """Where files go is not a configuration's choice."""
+    if "folder" in node and _inside(made.__module__, WRITERS):
+        yield f"{path}.folder: files go into the run's folder, below outputs=...; leave this out."
+
+
 def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..., Any]:
     """The class or function that a `_target_` names, imported only if its package is trusted.
 
@@ -178,6 +191,8 @@ def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..
             f"If you trust it: trusted_packages=[{module_name if package in ('torch', 'torchvision') else package}]"
         )
     _refuse_closed(target, target)
+    if _inside(target, TRUSTED) and any(part.startswith("_") for part in target.split(".")):
+        raise UserError(f"'{target}' is private, and a configuration may name public classes and functions only.")
     module = _import_module(module_name, target)
     made = getattr(module, name, None)
     if made is None:
@@ -185,13 +200,21 @@ def resolve_target(target: str, trusted: Sequence[str] = TRUSTED) -> Callable[..
         raise UserError(f"cannot import '{target}'.{_suggest(name, public, list_all=False)}")
     if not callable(made):
         raise UserError(f"'{target}' is not a class or function.")
+    if isinstance(module, type) and _inside(target, TRUSTED) and not _on_its_own(module, name):
+        # WeightsEnum.get_state_dict of torchvision unpickles what a URL leads to, with `self` from the configuration.
+        raise UserError(f"'{target}' is a method of objects, which a configuration may not call.")
     origin = getattr(made, "__module__", None)
     if not isinstance(origin, str) or origin == "builtins":
         raise UserError(f"'{target}' is a built-in function, which a configuration may not call.")
     if not _inside(origin, trusted):
         raise UserError(f"'{target}' leads to {origin}, which is outside the trusted packages.")
-    _refuse_closed(origin, target)
+    _refuse_closed(f"{origin}.{getattr(made, '__qualname__', name)}", target)
     return typing.cast(Callable[..., Any], made)
+
+
+def _on_its_own(owner: type, name: str) -> bool:
+    """Whether an attribute of a class needs no object of it: a class inside, a class method or a static one."""
+    return isinstance(inspect.getattr_static(owner, name), type | classmethod | staticmethod)
 
 
 def _inside(name: str, packages: Sequence[str]) -> bool:
@@ -200,7 +223,7 @@ def _inside(name: str, packages: Sequence[str]) -> bool:
 
 def _refuse_closed(name: str, target: str) -> None:
     if _inside(name, NEVER):
-        raise UserError(f"'{target}' may not be used in a configuration: it writes files or starts things.")
+        raise UserError(f"'{target}' may not be used in a configuration: it writes, imports or starts things.")
 
 
 def _import_module(name: str, target: str) -> Any:
@@ -318,6 +341,8 @@ def _show(value: Any) -> str:
 def _fraction(value: Any) -> str:
     """The number that a text such as "8/255" means, to write instead."""
     found = re.fullmatch(r"(\d+)/([1-9]\d*)", value) if isinstance(value, str) else None
+    if found and found[2] == "255":
+        return f" Pixel values are written '${{px:{found[1]}}}'."
     return f" Write {int(found[1]) / int(found[2])!r}." if found else ""
 
 

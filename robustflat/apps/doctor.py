@@ -26,7 +26,9 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
 PYTHON = (3, 11)
-REQUIRED = ("hydra-core", "omegaconf", "numpy", "scipy", "h5py", "pillow", "scikit-learn", "matplotlib", "pandas")
+REQUIRED = ("hydra-core", "omegaconf", "numpy", "scipy", "h5py", "pillow", "scikit-learn", "matplotlib", "pandas",
+            "pyarrow", "plotly", "jinja2", "itables", "rich")  # fmt: skip
+"""The dependencies of pyproject.toml without those that have lines of their own: torch, W&B, the joblib launcher."""
 OPTIONAL = {
     "hydra-joblib-launcher": "sweeps on the cores of one machine: pip install robustflat[joblib]",
     "hydra-submitit-launcher": "sweeps on a SLURM cluster: pip install robustflat[slurm]",

@@ -116,7 +116,7 @@ def evaluate(config: DictConfig, choices: dict[str, Any], *, command: list[str],
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    run = _run_folder(config)
+    run = run_folder(config)
     stored = None if run is None else stored_config(run)
     origin = describe_network(config) if run is None else {}
     complete(config, stored, choices)
@@ -326,12 +326,19 @@ def network(config: DictConfig, file: NetworkFile) -> tuple[nn.Module, str]:
     return model.to(config.device).eval(), digest_of(weights)
 
 
-def _run_folder(config: DictConfig) -> Path | None:
+def run_folder(config: DictConfig, task: str = "evaluate") -> Path | None:
+    """Folder of the run that a command is about; `None` for a checkpoint from elsewhere.
+
+    Raises:
+        UserError: for neither or both, a run that is not there, or a name for the folder that a run has already.
+    """
     if (config.run is None) == (config.checkpoint is None):
         raise UserError(
-            "Say what to evaluate: run=<folder or id> for a run of train.py, or checkpoint=<file> with model=... and "
+            f"Say what to {task}: run=<folder or id> for a run of train.py, or checkpoint=<file> with model=... and "
             "dataset=... for a network trained elsewhere."
         )
+    if config.run is not None and config.name is not None:
+        raise UserError("name= is for the folder of a checkpoint from elsewhere; a run's results go into its own.")
     return None if config.run is None else find_run(str(config.run), Path(config.outputs))
 
 

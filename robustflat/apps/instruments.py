@@ -34,6 +34,7 @@ from robustflat.apps.evaluate import (
     network,
     open_folder,
     require_network_of_run,
+    run_folder,
 )
 from robustflat.apps.messages import complain
 from robustflat.apps.networks import NetworkFile, choose, find_run, stored_config
@@ -249,7 +250,7 @@ def opened(
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    run = _run_of(config)
+    run = run_folder(config, "measure")
     stored = None if run is None else stored_config(run)
     origin = describe_network(config) if run is None else {}
     complete(config, stored)
@@ -355,15 +356,6 @@ def other_weights(text: str, outputs: Path, part: str) -> NetworkFile:
     if path.is_file():
         return NetworkFile(path.stem, path, part, None)
     return choose(find_run(text, outputs), "last", part)[0]
-
-
-def _run_of(config: DictConfig) -> Path | None:
-    if (config.run is None) == (config.checkpoint is None):
-        raise UserError(
-            "Say what to measure: run=<folder or id> for a run of train.py, or checkpoint=<file> with model=... and "
-            "dataset=... for a network trained elsewhere."
-        )
-    return None if config.run is None else find_run(str(config.run), Path(config.outputs))
 
 
 def _files(config: DictConfig, run: Path | None) -> list[NetworkFile]:

@@ -43,6 +43,8 @@ def shown_networks(config: DictConfig) -> list[Shown]:
             "Say what to draw: run=<folder or id>, or run=[a,b] for several in one picture; or checkpoint=<file> with "
             "model=... and dataset=... for a network trained elsewhere."
         )
+    if runs and config.name is not None:
+        raise UserError("name= is for the folder of a checkpoint from elsewhere; a run's results go into its own.")
     require_one_of("part", config.part, ("model", "average"))
     if files and config.checkpoints is not None:
         raise UserError("checkpoints= chooses snapshots of a run; give the files instead: checkpoint=[a.pt,b.pt].")

@@ -51,13 +51,34 @@ def main() -> None:
     if arguments[0] in ("-V", "--version"):
         print(f"robustflat {__version__}")
         sys.exit(0)
+    completing = {"-sc", "--shell-completion"} & {*arguments}
+    if completing:
+        arguments = _completed(arguments)
     name = arguments[0]
     if name not in APPLICATIONS:
         close = get_close_matches(name, APPLICATIONS, n=1)
         complain(f"There is no command '{name}'.{f' Did you mean {close[0]}?' if close else ''}\n\n{_overview()}")
         sys.exit(2)
-    sys.argv = [f"{sys.argv[0]} {name}", *arguments[1:]]
+    sys.argv = [sys.argv[0] if completing else f"{sys.argv[0]} {name}", *arguments[1:]]
     run_application(name)
+
+
+def _completed(arguments: list[str]) -> list[str]:
+    """Arguments of a request for shell completion, with the application first.
+
+    For `robustflat train attack=p` the shell calls `robustflat -sc query=bash`: the application is only in the line to
+    be completed, from which it is taken out, as Hydra expects one word before the overrides. An application that is
+    not written to its end is completed here.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    if arguments[0] in APPLICATIONS or not line:
+        return arguments if arguments[0] in APPLICATIONS else ["train", *arguments]  # installed once for all of them
+    executable, typed, *rest = [*line.split(maxsplit=2), "", ""]
+    if typed in APPLICATIONS and line.split(typed, 1)[1]:
+        os.environ["COMP_LINE"] = f"{executable} {rest[0]}"
+        return [typed, *arguments]
+    print("\n".join(name for name in APPLICATIONS if name.startswith(typed)))
+    sys.exit(0)
 
 
 def _overview() -> str:

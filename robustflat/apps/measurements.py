@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import DictConfig
 
 import robustflat
 from robustflat.apps.build import build
@@ -37,9 +38,7 @@ def measure(session: Session, key: str) -> dict[str, Any]:
         split -> values, with flatness beside the splits.
     """
     config, folder, ranks = session.config, session.folder, workers()
-    plan: EvaluationPlan = build(config.evaluation)
-    measure_flatness = None if config.flatness is None else build(config.flatness)
-    give_surrogates([*plan.attacks.values(), *plan.measures.values(), measure_flatness], config)
+    plan, measure_flatness = instruments(config)
     stored = ranks.on_first(lambda: folder.read_json(RESULTS))
     results = stored.get(key) if isinstance(stored.get(key), dict) and not config.force else None
     results = results or {"facts": facts(session), "description": describe(session, plan), "weights": {}}
@@ -65,6 +64,18 @@ def measure(session: Session, key: str) -> dict[str, Any]:
     if ranks.first:
         session.logger.summary(dict(_flat(results["weights"], "final")))
     return results
+
+
+def instruments(config: DictConfig) -> tuple[EvaluationPlan, Any]:
+    """Evaluation plan and flatness measure (`None`: there is none) of a run, with the networks that their attacks need.
+
+    Raises:
+        UserError: if a constructor refuses its values, or a surrogate is not there or does not fit.
+    """
+    plan: EvaluationPlan = build(config.evaluation)
+    flatness = None if config.flatness is None else build(config.flatness)
+    give_surrogates([*plan.attacks.values(), *plan.measures.values(), flatness], config)
+    return plan, flatness
 
 
 def _pieces(plan: EvaluationPlan, measure_flatness: object | None) -> list[str]:

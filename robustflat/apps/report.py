@@ -23,7 +23,7 @@ from robustflat.reporting.models_table import models_table
 from robustflat.reporting.page import write_report
 from robustflat.reporting.records import RunRecord, Study
 from robustflat.reporting.study_figure import study_figure
-from robustflat.store.tables import as_text, write_table
+from robustflat.store.tables import write_table
 
 
 @dataclass
@@ -142,8 +142,3 @@ def summary_table(records: Sequence[RunRecord]) -> pd.DataFrame:
     table = pd.DataFrame(lines)
     middle = [name for name in table.columns if name not in ("problem", "folder")]
     return table[[*middle, "problem", "folder"]] if lines else table
-
-
-def as_markdown(records: Sequence[RunRecord]) -> str:
-    """The table of `summary_table` as Markdown."""
-    return as_text(summary_table(records), "md")

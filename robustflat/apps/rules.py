@@ -11,6 +11,9 @@ from robustflat.errors import UserError
 
 Rule = Callable[[DictConfig], Iterator[str]]
 
+MOST_THREADS = 1024
+"""Far more than any machine has cores; what torch refuses or crashes at lies above."""
+
 
 def check_together(config: DictConfig) -> None:
     """Apply every rule to a configuration whose single values are already valid.
@@ -86,6 +89,8 @@ def _threads_can_be_started(config: DictConfig) -> Iterator[str]:
     threads = _get(config, "threads")
     if isinstance(threads, int) and threads < 0:
         yield f"threads={threads}: must be at least 1, or 0 for the customary number."
+    if isinstance(threads, int) and threads > MOST_THREADS:
+        yield f"threads={threads}: at most {MOST_THREADS}; more than the machine has cores are of no use."
 
 
 def _profile_is_readable(config: DictConfig) -> Iterator[str]:

@@ -28,7 +28,7 @@ from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.explain import print_method
 from robustflat.apps.isolated import run_isolated
-from robustflat.apps.measurements import measure
+from robustflat.apps.measurements import instruments, measure
 from robustflat.apps.messages import complain, explained
 from robustflat.apps.profiling import profiled
 from robustflat.apps.rules import check_together
@@ -192,14 +192,12 @@ def prepare(config: DictConfig, folder: RunFolder, *, name: str, command: list[s
     """Build everything, cheapest first and data last, and load the newest checkpoint if there is one."""
     torch.manual_seed(derived_seed(config.seed, "global"))  # dropout and the like; saved in the checkpoint
     make_optimizer, make_schedule = build(config.optimizer), build(config.schedule)
-    if config.flatness is not None:
-        build(config.flatness)  # so that a mistake in it shows before training, not after
     attack, make_trainer = build(config.attack), build(_without_callbacks(config), _partial_=True)
     callbacks = {name: build(node) for name, node in named_nodes(config, "callbacks").items()}
     model = seeded_model(config).to(config.device)
     give_surrogates([attack, *callbacks.values()], config)
+    plan, _ = instruments(config)  # a mistake in what will measure shows before training, not after
     dataset: Dataset = build(config.dataset)
-    plan: EvaluationPlan = build(config.evaluation)
     one_after_the_other(lambda: require_splits(plan, dataset))
     torch.set_num_threads(config.threads or sensible_threads(dataset))
     keep_freed_memory()

@@ -27,6 +27,7 @@ from robustflat.attacks.sanity import (
     Finding,
     check_black_box,
     check_gradients,
+    check_mode,
     check_model,
     check_range,
     check_verified,
@@ -120,6 +121,7 @@ class AutoAttack:
             CheckpointError: if `progress` belongs to another evaluation, or is damaged.
         """
         module = model if isinstance(model, nn.Module) else _Function(model, images)
+        mode = check_mode(model)  # as it comes: below it is held in eval mode
         module, ((x, y),) = searchable(module, batches_for(module, images, labels, batch_size=sys.maxsize))
         with held_still(module):
             plain = MeanOf(module, EOT) if self.version == "rand" else module
@@ -134,8 +136,7 @@ class AutoAttack:
             for name in self.names:
                 self._attack(name, searched, plain, tally, store)
             findings = workers().on_first(partial(self._checked, module, x, y, correct))
-            if not isinstance(model, nn.Module):
-                findings[1] = Finding("mode", "ok", "a plain function, taken as it is")
+            findings[1] = mode
         return self._result(tally, findings)
 
     def _attack(self, name: str, searched: Forward, plain: Forward, tally: Tally, store: Progress | None) -> None:

@@ -97,6 +97,19 @@ def check_range(x: Tensor) -> Finding:
     return Finding("image range", "ok", text)
 
 
+def check_mode(model: Forward) -> Finding:
+    """Whether a network comes in eval mode, in which attacks and measures look at it."""
+    if not isinstance(model, nn.Module):
+        return Finding("mode", "ok", "a plain function, taken as it is")
+    training = sum(module.training for module in model.modules())
+    return _expect(
+        "mode",
+        training == 0,
+        "in eval mode",
+        f"{training} of its modules were in training mode; it was evaluated in eval mode",
+    )
+
+
 @torch.no_grad()
 def check_model(model: Forward, x: Tensor) -> list[Finding]:
     """Mode, logits, determinism and independence of the batch.
@@ -105,7 +118,7 @@ def check_model(model: Forward, x: Tensor) -> list[Finding]:
         model: images -> logits; looked at in eval mode, left as found.
         x: a few images (N, C, H, W), N >= 1.
     """
-    findings = [_mode(model)]
+    findings = [check_mode(model)]
     x = x[:EXAMPLES]
     with held_still(model):
         first, again = model(x), model(x)
@@ -258,18 +271,6 @@ def report(*findings: Finding | Iterable[Finding]) -> SanityReport:
 
 def _expect(check: str, ok: bool, fine: str, bad: str) -> Finding:
     return Finding(check, "ok", fine) if ok else Finding(check, "warning", bad)
-
-
-def _mode(model: Forward) -> Finding:
-    if not isinstance(model, nn.Module):
-        return Finding("mode", "ok", "a plain function, taken as it is")
-    training = sum(module.training for module in model.modules())
-    return _expect(
-        "mode",
-        training == 0,
-        "in eval mode",
-        f"{training} of its modules were in training mode; it was evaluated in eval mode",
-    )
 
 
 def _zero_gradients(model: Forward, x: Tensor, y: Tensor, objective: Objective, name: str, tolerated: float) -> Finding:

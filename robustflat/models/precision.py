@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     TF32 keeps 10 bits of mantissa, so convolutions on a GPU (where it is torch's default) blur loss differences
     of 1e-3, the size of a small flatness. Search with it, judge without it.
     """
-    cudnn = torch.backends.cudnn
-    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     found = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

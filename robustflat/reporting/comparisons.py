@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from robustflat.reporting.correlation_ledger import correlation_ledger
 from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.decomposition import compared_at_cost, decomposed
 from robustflat.reporting.drawing import Missing
 from robustflat.reporting.ledger import NOT_RUN, reproduction_ledger, runs_by_row, verdicts
 from robustflat.reporting.paper import SOURCE
-from robustflat.reporting.records import Study
+from robustflat.reporting.records import RunRecord, Study
 from robustflat.reporting.report_tables import ReportTable, table_of
 from robustflat.reporting.study_plots import Material
 
@@ -56,10 +57,30 @@ def _robust_loss(material: Material) -> str:
     return quantity.name.partition(" (")[0] if quantity is not None and material.study.checkpoint == "last" else ""
 
 
+def reproduction(study: Study) -> tuple[ReportTable | Missing, ...]:
+    """Our numbers beside the paper's and, where rows of its tables were run, our correlations beside its."""
+    numbers = ledger_table(study)
+    return (numbers,) if isinstance(numbers, Missing) else (numbers, correlation_table(study))
+
+
+def correlation_table(study: Study) -> ReportTable | Missing:
+    """The paper's correlations, in its tables and its text, beside ours."""
+    columns = {"y": "of", "x": "with", "method": "coefficient", "models": "models", "ours": "ours", "low": "low",
+               "high": "high", "p": "p", "paper_same": "paper, the same experiments", "paper_all": "paper, all 74",
+               "published": "in its text", "verdict": "verdict"}  # fmt: skip
+    found = correlation_ledger(_own(study))
+    caption = (
+        "Ours with 95 % intervals over models: over the runs that can be compared, else over all runs (other data). "
+        "They agree where the paper's coefficient over the same experiments lies in our interval."
+    )
+    title = "Our correlations beside the paper's"
+    return table_of(found[list(columns)].rename(columns=columns), "correlation_ledger", title, caption, digits=2)
+
+
 def ledger_table(study: Study) -> ReportTable | Missing:
     """Our numbers beside those of Stutz et al. (ICCV 2021) for every row that was run; all rows in the downloads."""
     title = "Our numbers beside the paper's"
-    ours = [run for run in study.runs if run.provenance.get("source") != SOURCE]
+    ours = _own(study)
     if study.runs and not ours:
         return Missing(
             "ledger", title, f"These numbers are the paper's own ({SOURCE}), so there is nothing to compare."
@@ -71,3 +92,7 @@ def ledger_table(study: Study) -> ReportTable | Missing:
     caption = f"{verdicts(full)} Errors are fractions. Rows that were not run are only in the downloads."
     made = table_of(shown, "ledger", title, caption, filters=True, deferred=True)
     return replace(made, frame=full)
+
+
+def _own(study: Study) -> list[RunRecord]:
+    return [run for run in study.runs if run.provenance.get("source") != SOURCE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustflat.reporting.comparisons import cost_table, ledger_table, parts_table
+from robustflat.reporting.comparisons import cost_table, parts_table, reproduction
 from robustflat.reporting.drawing import Drawing, Missing
 from robustflat.reporting.findings import Findings, correlations_table, measures
 from robustflat.reporting.history_plots import flatness_over_epochs, landscapes, learning_curves
@@ -68,7 +68,7 @@ def sections_of(material: Material, found: Findings) -> list[Section]:
         Section("weights", "Around the weights", figures=tuple(landscapes(study)), tables=(curvature_table(study),)),
         Section("all-runs", "All runs", tables=(runs_table(material), problems_table(study))),
         _warnings(study),
-        Section("reproduction", "Reproduction of the paper", tables=(ledger_table(study),)),
+        Section("reproduction", "Reproduction of the paper", tables=reproduction(study)),
         Section("numbers", "Provenance and cost", tables=(provenance_table(material), compute_table(study))),
     ]
 

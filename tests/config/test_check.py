@@ -28,6 +28,11 @@ def test_all_problems_are_listed_together(compose):
     assert "attack.steps: expected int, got 'seven' (str)" in text
 
 
+def test_a_radius_in_pixel_values_is_told_how_to_be_written():
+    (found,) = problems("{attack: {_target_: robustflat.geometry.input_ball.LinfBall, epsilon: 8/255}}")
+    assert found == "attack.epsilon: expected float, got '8/255' (str). Pixel values are written '${px:8}'."
+
+
 def test_a_missing_argument_is_named():
     found = problems("{attack: {_target_: robustflat.geometry.input_ball.LinfBall}}")
     assert found == ["attack.epsilon: LinfBall needs this argument and nothing gives it."]

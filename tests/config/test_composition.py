@@ -169,6 +169,7 @@ TOGETHER = {
     "dataset.mean=[0.1,0.2]": "dataset.mean has 2 values, but dataset.channels=1",
     "trainer.epochs=0": "trainer.epochs=0",
     "threads=-1": "threads=-1: must be at least 1",
+    "threads=99999": "threads=99999: at most 1024",
     "evaluation.norm=l7": "evaluation.norm=l7",
     "flatness=null": "evaluation.flatness",
 }

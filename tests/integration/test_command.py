@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -45,6 +46,32 @@ def test_the_installed_command_runs_the_same_application(monkeypatch, capfd, tmp
     monkeypatch.setattr(sys, "argv", ["robustflat", "train", *TINY, "trainer.epochs=1"])
     command.main()
     assert only_run(tmp_path).parent.name == "digits-at"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("robustflat train attack=pgd_l", ["attack=pgd_l1", "attack=pgd_l2", "attack=pgd_linf"]),
+        ("robustflat hessian run=a loss", ["loss="]),
+        ("robustflat tr", ["train"]),
+        ("robustflat ", list(command.APPLICATIONS)),
+        ("robustflat show", ["show_batch"]),
+    ],
+)
+def test_the_shell_completes_applications_and_their_values(monkeypatch, capfd, line, offered):
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setattr(sys, "argv", ["robustflat", "-sc", "query=bash"])  # what the installed function calls
+    with suppress(SystemExit):
+        command.main()
+    assert set(capfd.readouterr().out.split()) == set(offered)
+
+
+@pytest.mark.parametrize("arguments", [("train", "-sc", "install=bash"), ("-sc", "install=bash")])
+def test_completion_is_installed_for_the_command(monkeypatch, capfd, arguments):
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["robustflat", *arguments])
+    command.main()
+    assert capfd.readouterr().out.rstrip().endswith("-F hydra_bash_completion robustflat")
 
 
 def test_torch_and_torchvision_that_do_not_fit_get_a_sentence(cli, monkeypatch):

@@ -196,6 +196,7 @@ def test_a_checkpoint_that_says_which_network_it_holds_needs_no_model(robustflat
 MISTAKES = {
     "no network": ("hessian", ["run=null"], ["run=<folder or id>", "checkpoint=<file>"]),
     "an unknown run": ("measure", ["run=nonsense"], ["There is no run 'nonsense'"]),
+    "a name for the run's folder": ("hessian", ["name=mine"], ["name= is for", "checkpoint from elsewhere"]),
     "an unknown loss": ("hessian", ["loss=robust"], ["loss must be one of", "clean, frozen"]),
     "a misspelt curvature": ("hessian", ["hessian.curvature=hesian"], ["curvature must be one of"]),
     "an unknown option": ("hessian", ["+hessian.steps=3"], ["hessian.steps", "takes no argument"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from robustflat.apps import doctor
 from robustflat.apps.doctor import FAIL, OK, WARN, examine
 from robustflat.data.hdf5 import write_set
 from robustflat.data.images import ImageSet
-from tests.integration.conftest import Cli
+from tests.integration.conftest import ROOT, Cli
 
 
 def levels(folder: Path, **options: str) -> dict[str, str]:
@@ -88,6 +89,14 @@ def test_data_sets_that_are_there_are_named(tmp_path):
     for split in ("train", "test"):
         write_set(tmp_path / "data" / "mnist", split, digits)
     assert "mnist" in text_of(tmp_path, "data sets").split("not here")[0]
+
+
+def test_every_dependency_is_looked_for(tmp_path, monkeypatch):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    elsewhere = {"torch", "torchvision", "wandb", "hydra-joblib-launcher"}
+    assert {text.split(">=")[0] for text in declared} - elsewhere == set(doctor.REQUIRED)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "plotly" else "1.0")
+    assert levels(tmp_path)["packages"] == FAIL and "pip install plotly" in text_of(tmp_path, "packages")
 
 
 def test_missing_extras_are_warnings_that_name_the_extra(tmp_path, monkeypatch):

@@ -347,6 +347,7 @@ MISTAKES = {
     "a misspelt key": plain("+evaluation.batchsize=3", expected=["evaluation.batchsize", "batch_size"]),
     "a key that nothing reads": plain("+epochs=3", expected=["epochs"]),
     "an epoch without snapshot": plain("checkpoints=7", expected=["epoch 7", "there are 1, 2"]),
+    "a name for the run's folder": plain("name=mine", expected=["name= is for", "checkpoint from elsewhere"]),
     "a word for checkpoints": plain("checkpoints=best", expected=["checkpoints must be last, all"]),
     "choosing on what was trained on": plain(
         "evaluation=early_stopping", "evaluation.selection.split='train[:64]'", expected=["64", "were trained on"]

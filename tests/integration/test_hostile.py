@@ -128,6 +128,13 @@ TARGETS = [
     "torch.nn.modules.module.torch.os.system", "torch.utils.data.dataloader.os.system", "robustflat..os.system",
     "", ".", "os", "robustflat.models.small.torch.load", "torch.fx.graph_module._exec_with_source", "torch.save",
     "torch.from_file", "torch.utils.benchmark.utils.cpp_jit.compile_timeit_template", "torchvision.utils.save_image",
+    "torch.nn.attention._fa4._fa4_import_module", "torch.nn.utils._deprecation_utils.lazy_deprecated_import",
+    "torchvision.models._api.WeightsEnum.get_state_dict", "torchvision.models.resnet.WeightsEnum.get_state_dict",
+    "torch.nn.Module.register_forward_hook", "robustflat.models.external.optional_package",
+    "robustflat.data.hdf5.write_array", "robustflat.data.sources.write_set", "robustflat.data.prepare.prepare",
+    "robustflat.data.downloads.fetch_mnist", "robustflat.flatness.landscape_result.LandscapeResult.save",
+    "robustflat.attacks.ensemble_progress.Progress", "robustflat.models.profiling.StepProfiler",
+    "robustflat.training.profiling.Profiling", "robustflat.loggers.ledger.LedgerLogger", "robustflat.ranks.joined",
 ]  # fmt: skip
 
 
@@ -145,6 +152,37 @@ def test_text_in_a_configuration_is_never_run_as_code(canary):
     canary.unlink()
     with pytest.raises(UserError, match="outside the trusted packages"):
         refuse(check(OmegaConf.create({"model": node})))
+
+
+def test_weights_of_torchvision_do_not_come_from_a_place_of_the_configurations_choice(tmp_path, canary):
+    torch.save(Payload(canary), tmp_path / "evil.pth")
+    weights = {
+        "_target_": "torchvision.models.resnet.Weights",
+        "url": (tmp_path / "evil.pth").as_uri(),
+        "transforms": {"_target_": "torch.nn.Identity"},
+        "meta": {},
+    }
+    method = {"_target_": "torchvision.models.resnet.WeightsEnum.get_state_dict", "self": weights, "progress": False}
+    node = {**method, "model_dir": str(tmp_path)}
+    instantiate(node)  # the attack works without the check
+    assert canary.exists()
+    canary.unlink()
+    with pytest.raises(UserError, match="method of objects"):
+        refuse(check(OmegaConf.create({"model": node})))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "{_target_: robustflat.training.callbacks.Snapshots, folder: /tmp}",
+        "{_target_: robustflat.training.callbacks.SaveLast, folder: ../..}",
+        "{_target_: robustflat.loggers.tensorboard.TensorboardLogger, folder: /tmp}",
+        "{_target_: robustflat.loggers.wandb.WandbLogger, _partial_: true, folder: /tmp}",
+    ],
+)
+def test_a_configuration_does_not_choose_another_folder_to_write_into(node):
+    with pytest.raises(UserError, match="files go into the run's folder"):
+        refuse(check(OmegaConf.create(f"{{trainer: {{callbacks: {{one: {node}}}}}}}")))
 
 
 def test_a_run_folder_does_not_say_whom_to_trust(tmp_path, canary):

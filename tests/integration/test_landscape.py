@@ -252,6 +252,7 @@ def test_mistakes_end_in_one_sentence(draw, runs):
         ((f"run={one}", "examples='test[:9999]'"), "examples: "),
         ((f"run={one}", "checkpoints=[7]"), "There is no snapshot of epoch 7; there are 1, 2"),
         ((f"run={one}", "checkpoint=a.pt"), "Say what to draw"),
+        ((f"run={one}", "name=mine"), "name= is for the folder of a checkpoint from elsewhere"),
         ((f"run={one}", "labels=[a,b]"), "labels has 2 names for 1 networks"),
         ((f"run={one}", "+speed=3"), "speed"),
         ((f"run={one}", "landscape/directions=stored"), "landscape.directions.path: needs a value"),

@@ -189,8 +189,8 @@ def test_a_data_set_of_ones_own_by_config_dir(cli, tmp_path):
 def test_help_names_groups_choices_and_examples(cli):
     answer = cli("--help")
     assert answer.code == 0
-    for text in ("Usage:", "trainer=trades attack=pgd_linf", "dataset: ", "pgd_linf", "Did", "seed"):
-        assert text in answer.out or text == "Did"
+    for text in ("Usage:", "trainer=trades attack=pgd_linf", "dataset: ", "pgd_linf", "seed", 'eval "$(python'):
+        assert text in answer.out
 
 
 def test_shell_completion_offers_the_choices_of_a_group(cli, monkeypatch):

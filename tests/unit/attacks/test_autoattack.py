@@ -17,6 +17,7 @@ from robustflat.attacks.ensemble import ATTACKS, Counted, attack_names, member
 from robustflat.attacks.ensemble_result import wilson
 from robustflat.attacks.fab import Fab
 from robustflat.attacks.objectives import cross_entropy
+from robustflat.attacks.sanity import Finding
 from robustflat.attacks.square import Square
 from robustflat.errors import CheckpointError, UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
@@ -196,7 +197,7 @@ def test_the_model_is_left_as_found() -> None:
     result = AutoAttack(epsilon=0.01)(model, x, model(x).argmax(1))
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert [finding.check for finding in result.sanity.warnings] == []
+    assert [finding.check for finding in result.sanity.warnings] == ["mode"]
 
 
 # Interruption
@@ -490,3 +491,15 @@ def test_as_an_attack_it_cannot_rewrite_a_plain_function() -> None:
 def test_every_member_can_be_built_for_every_norm(name: str) -> None:
     for norm, ball in BALLS.items():
         assert callable(member(name, ball(THREATS[norm])))
+
+
+def test_the_report_says_in_which_mode_a_network_came() -> None:
+    model, x = linear(4), images(8)
+    attack, y = AutoAttack(norm="linf", epsilon=0.1, budget="preview"), model(x).argmax(1)
+
+    def mode(network) -> Finding:
+        return next(finding for finding in attack(network, x, y).sanity.findings if finding.check == "mode")
+
+    assert mode(model).level == "ok"
+    assert mode(lambda x: model(x)).message == "a plain function, taken as it is"
+    assert mode(model.train()).level == "warning" and "3 of its modules" in mode(model).message

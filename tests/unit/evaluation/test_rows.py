@@ -88,7 +88,10 @@ def test_gaps_are_test_minus_train_with_errors_added_in_squares():
     rows = by_metric(gap_rows(test, train))
     assert rows["robust_error_gap"]["value"] == 0.5
     a, b = by_metric(test)["robust_error"]["stderr"], by_metric(train)["robust_error"]["stderr"]
-    assert rows["robust_error_gap"]["stderr"] == pytest.approx(math.hypot(a, b))
+    gap = rows["robust_error_gap"]
+    assert gap["stderr"] == pytest.approx(math.hypot(a, b))
+    # 95 % of a normal distribution lie within 1.96 standard errors.
+    assert (gap["low"], gap["high"]) == pytest.approx((0.5 - 1.96 * math.hypot(a, b), 0.5 + 1.96 * math.hypot(a, b)))
     assert set(rows) == {"robust_error_gap", "robust_loss_gap"}
     assert gap_rows(test, clean_rows(CLEAN, LABELS)) == []
 
@@ -99,7 +102,10 @@ def test_average_flatness_is_the_mean_rise_with_the_spread_of_the_trials():
                                    labels=LABELS, classes=3))  # fmt: skip
     assert rows["flatness"]["value"] == 2.0
     assert rows["flatness"]["stderr"] == pytest.approx(0.5)  # trials 1.5 and 2.5
+    over_examples = rows["flatness_over_examples"]
+    assert (over_examples["value"], over_examples["stderr"]) == (2.0, pytest.approx(1.0))  # examples rise by 1, 1, 1, 5
     assert rows["flatness_max_of_trials"]["value"] == 2.5
+    assert rows["flatness_sd_of_trials"]["value"] == pytest.approx(0.5**0.5)
     assert rows["reference_loss"]["value"] == 1
     assert rows["flatness"]["radius"] == 0.5
     assert rows["flatness_class_0"]["value"] == pytest.approx((1 + 5) / 2)

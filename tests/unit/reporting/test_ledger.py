@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 
 from robustflat.reporting.bootstrap import Resampling
+from robustflat.reporting.comparisons import reproduction
 from robustflat.reporting.correlation_ledger import correlation_ledger
+from robustflat.reporting.drawing import Missing
 from robustflat.reporting.ledger import reproduction_ledger, runs_by_row, verdicts, why_not_comparable
 from robustflat.reporting.paper import from_paper
-from robustflat.reporting.records import RunRecord
+from robustflat.reporting.records import RunRecord, Study
+from robustflat.reporting.report_tables import ReportTable
 from robustflat.store.tables import as_text
 
 
@@ -111,3 +114,14 @@ def test_correlations_beside_the_paper() -> None:
     assert set(correlation_ledger(others, settings=few)["verdict"]) == {"other data: not comparable"}
     assert set(correlation_ledger([])["verdict"]) == {"not run"}
     assert set(correlation_ledger(records[:1])["verdict"].str[:11]) == {"not defined"}
+
+
+def test_the_page_has_both_ledgers_where_rows_of_the_paper_were_run() -> None:
+    runs = tuple(ours(record.experiment.removeprefix("iccv21-")) for record in from_paper()[:12])
+    numbers, correlations = reproduction(Study(title="ours", question="do they agree?", runs=runs, classes=10))
+    assert isinstance(numbers, ReportTable) and isinstance(correlations, ReportTable)
+    first = correlations.frame.iloc[0]
+    assert (first["of"], first["with"], first["coefficient"]) == ("RLoss", "average-case flatness", "pearson")
+    assert (first["paper, all 74"], first["models"]) == (pytest.approx(0.847, abs=5e-4), 12)
+    (nothing,) = reproduction(Study(title="theirs", question="do they agree?", runs=from_paper(), classes=10))
+    assert isinstance(nothing, Missing) and "the paper's own" in nothing.reason

@@ -39,3 +39,14 @@ def test_nothing_keeps_a_graph_alive():
     means.add({"loss": weight * 3})
     assert not any(value.requires_grad for value in means._window.values())
     assert means.read()["loss"] == pytest.approx(6.0)
+
+
+def test_one_value_that_is_not_finite_is_enough():
+    means = RunningMeans()
+    assert means.finite()
+    means.add({"loss": torch.tensor(1.0)})
+    assert means.finite()
+    means.add({"ascent": torch.tensor(torch.inf)})
+    assert not means.finite()
+    means.read()
+    assert means.finite()

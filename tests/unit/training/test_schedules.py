@@ -123,6 +123,7 @@ def test_state_of_another_length_is_refused():
         (cyclic, {"start": 0.3}, "start must lie in"),
         (cyclic, {"rise": 1.0}, "rise must lie in"),
         (cosine, {"warmup": 5}, "warmup must lie in .* It is a fraction of training"),
+        (cosine, {"warmup": 1}, r"warmup must lie in \[0, 1\)"),
         (cosine, {"final": 2}, "final must lie in"),
     ],
 )
