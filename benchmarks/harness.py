@@ -331,7 +331,7 @@ def machine(device: str = "cpu") -> str:
     """Processor or card, threads and torch in one line: what must be equal for seconds to be compared."""
     name = platform.machine()
     if on_cuda(device):
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = lines[0].partition(": ")[2] if lines else name

@@ -50,7 +50,7 @@ def on_cuda(device: str | torch.device) -> bool:
 def synchronize(device: str | torch.device = "cpu") -> None:
     """Wait for an accelerator; nothing to do on a CPU."""
     if on_cuda(device):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def in_turn(

@@ -37,7 +37,7 @@ def test_estimates_are_unbiased_and_their_standard_errors_are_honest(estimator: 
 def test_signs_are_those_of_drawn_integers_in_little_memory() -> None:
     found = signs((20, 999), LIKE, draws(4))
     assert torch.equal(found, 2.0 * torch.randint(0, 2, (20, 999), generator=draws(4)).double() - 1)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         signs((20, 999), LIKE, draws(4))
     taken = sum(max(event.self_cpu_memory_usage, 0) for event in record.key_averages())
     assert taken < 1.3 * found.nbytes
