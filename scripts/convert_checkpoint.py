@@ -5,7 +5,8 @@ Only the tensors, by their names (for a network whose configuration you write yo
     python scripts/convert_checkpoint.py AT.pth.tar net.pt
     python evaluate.py checkpoint=net.pt model=resnet18 dataset=cifar10
 
-With a layout the names become ours, and the file says which network it holds:
+With a layout the names become ours, and the file says which network it holds. Options about the network, such as
+--check and --model, imply --layout auto:
 
     python scripts/convert_checkpoint.py classifier.pth.tar net.pt --layout released --check dataset=cifar10
     python scripts/convert_checkpoint.py resnet18.pth net.pt --layout torchvision --architecture resnet18 \
@@ -55,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.target.exists():
             raise UserError(f"{given.target} exists already: remove it or choose another name.")
+        about_a_network = (given.check, given.expected, given.architecture, given.classes, given.mean, given.std)
+        if given.layout is None and (given.model or any(value is not None for value in about_a_network)):
+            given.layout = "auto"  # tensors alone could not answer
         if given.layout is None:
             _tensors_only(given)
         else:
@@ -69,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="file, or 'package': RobustBench's package fetches it by name")
     parser.add_argument("target", type=Path)
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: tensors only, names as they are")
+    layout = "default: tensors only, names as they are; auto where an option is about the network"
+    parser.add_argument("--layout", choices=LAYOUTS, help=layout)
     parser.add_argument("--architecture", help="its name in torchvision, timm or RobustBench")
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="CHOICE", help="for plain: resnet18 model.norm=rebn dataset=..."

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without 
 import pandas as pd
 
 from robustflat.apps.collect import RESULTS, rows_of_run
-from robustflat.errors import UserError
+from robustflat.errors import UserError, require_one_of
 from robustflat.store.tables import as_text, combined, read_table, tidy, wide, write_table
 
 
@@ -45,12 +45,16 @@ def export(given: argparse.Namespace) -> str:
     """Write the table that the command line asks for; one line on what was done.
 
     Raises:
-        UserError: if no run has results, a file is damaged, or the table cannot be written.
+        UserError: if no run has results, no row is of a metric or checkpoint that was asked for, a file is damaged, or
+            the table cannot be written.
     """
     runs = [run for run in given.runs if (run / RESULTS).is_file()]
     if not runs:
         raise UserError(f"None of the {len(given.runs)} folders has a {RESULTS}: python evaluate.py run=<folder>.")
-    table = selected(tidy(row for run in runs for row in rows_of_run(run)), given)
+    table = tidy(row for run in runs for row in rows_of_run(run))
+    if table.empty:
+        raise UserError(f"The {RESULTS} of these runs hold no errors and no measures: python evaluate.py run=<folder>.")
+    table = selected(table, given)
     if given.wide:
         table = wide(table)
     if given.output == "-":
@@ -64,12 +68,20 @@ def export(given: argparse.Namespace) -> str:
     else:
         write_table(table, given.output, digits=given.digits)
     left = sum(run.is_dir() for run in given.runs) - len(runs)
-    return f"{given.output}: {len(table)} rows from {len(runs)} runs" + (f", {left} without results" if left else "")
+    return f"{given.output}: {len(table)} rows from {len(runs)} runs" + (
+        f", {left} without results (evaluate.py makes them)" if left else ""
+    )
 
 
 def selected(table: pd.DataFrame, given: argparse.Namespace) -> pd.DataFrame:
-    """The rows that --metrics and --checkpoints keep."""
+    """The rows that --metrics and --checkpoints keep.
+
+    Raises:
+        UserError: for a name that no row has.
+    """
     for column, kept in (("metric", given.metrics), ("checkpoint", given.checkpoints)):
+        for name in kept:
+            require_one_of(f"--{column}s", name, set(table[column]))
         if kept:
             table = table[table[column].isin(kept)]
     return table.reset_index(drop=True)

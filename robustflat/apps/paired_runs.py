@@ -66,7 +66,8 @@ def compare_networks(first: Network, second: Network, *, seed: int = 0) -> dict[
             found[split] = Comparison(tuple(_differences(first, second, split, torch.from_numpy(labels[0]), seed)))
     if not found:
         raise UserError(
-            f"The networks have no examples in common: {', '.join(_splits(first))} and {', '.join(_splits(second))}. "
+            "The networks have no examples in common: "
+            f"{' and '.join(', '.join(_splits(network)) or 'none evaluated' for network in (first, second))}. "
             "Evaluate both alike."
         )
     return found

@@ -66,9 +66,13 @@ def read_record(
     complaints += [complaint] if complaint else []
     history, complaint = _history(folder, part)
     complaints += [complaint] if complaint else []
-    complaints = [_unfinished(folder, config), *complaints] if not (folder / "DONE").exists() else complaints
+    complaints = complaints if is_complete(folder) else [_unfinished(folder, config), *complaints]
     if not rows and not complaints:
-        complaints.append(f"trained, but not evaluated: python evaluate.py run={folder}")
+        complaints.append(
+            f"trained, but not evaluated: python evaluate.py run={folder}"
+            if (folder / "DONE").exists()
+            else "not evaluated: give the command with checkpoint=<file> again"
+        )
     status = "failed" if problem else "partial" if complaints else "done"
     return RunRecord(
         run_id=origin.run_id,
@@ -105,8 +109,13 @@ def read_records(folders: Iterable[Path]) -> list[RunRecord]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder was made by `train.py`."""
+    """Whether a folder was made by `train.py`, or for a checkpoint from elsewhere by `evaluate.py`."""
     return (folder / "identity.yaml").is_file()
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether training has ended here, or elsewhere: folders of `evaluate.py checkpoint=<file>` train nothing."""
+    return (folder / "DONE").exists() or "weights" in _yaml(folder / "identity.yaml")
 
 
 def failed_record(folder: Path, label: str, family: str, seed: int | None, problem: str) -> RunRecord:

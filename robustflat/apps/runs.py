@@ -20,7 +20,7 @@ from robustflat.apps.compare import compare_runs
 from robustflat.apps.config import differences, resolved
 from robustflat.apps.messages import complain, wide_console
 from robustflat.apps.networks import find_run, stored_config
-from robustflat.apps.records import headline, is_run, read_record
+from robustflat.apps.records import headline, is_complete, is_run, read_record
 from robustflat.apps.run_folder import RunFolder
 from robustflat.errors import UserError
 from robustflat.reporting.records import RunRecord
@@ -233,7 +233,7 @@ def _numbers(record: RunRecord) -> dict[str, float]:
 
 def _clean(records: Sequence[RunRecord], outputs: Path, *, confirmed: bool, console: Console) -> None:
     """Remove runs that did not end, or say which would be removed."""
-    doomed = [record for record in records if not _trained(record)]
+    doomed = [record for record in records if record.folder is not None and not is_complete(record.folder)]
     for record in doomed:
         assert record.folder is not None
         if confirmed:
@@ -249,21 +249,17 @@ def _clean(records: Sequence[RunRecord], outputs: Path, *, confirmed: bool, cons
         console.print("There is no unfinished run.")
 
 
-def _trained(record: RunRecord) -> bool:
-    assert record.folder is not None
-    return (record.folder / "DONE").exists()
-
-
 def remove(folder: Path, outputs: Path) -> None:
     """Remove the folder of a run whose training did not end.
 
     Raises:
-        UserError: if it is not a run two levels below `outputs`, has finished training, or is in use.
+        UserError: if it is not a run two levels below `outputs`, has finished training, holds results of a checkpoint
+            from elsewhere, or is in use.
     """
     real, root = folder.resolve(), outputs.resolve()
     if folder.is_symlink() or real.parent.parent != root or not is_run(real):
         raise UserError(f"{folder} is not a run folder below {outputs}, and is left as it is.")
-    if (real / "DONE").exists():
+    if is_complete(real):
         raise UserError(f"{folder} is a finished run, and is left as it is.")
     opened = RunFolder(real, None)  # refuses if another process works in it
     try:

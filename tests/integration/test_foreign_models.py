@@ -99,12 +99,23 @@ def test_a_checkpoint_of_the_released_code_is_converted_checked_and_evaluated(co
     checked(answer, expected)
     assert "must never be printed" not in answer.out + answer.err
     assert "layout released" in answer.out
+    checked(convert("classifier.pth.tar", "without_layout.pt", *check), expected)
     logits, provenance = evaluated()
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     record = provenance["converted"]
     assert (record["layout"], record["source"], record["count"]) == ("released", "classifier.pth.tar", 24)
     assert record["expected_accuracy"] == pytest.approx(share, abs=1e-4)
     assert len(record["sha256"]) == 64
+
+
+def test_options_about_a_network_are_not_ignored_where_the_layout_is_not_known(convert, tmp_path):
+    torch.save({"0.weight": torch.zeros(2, 3)}, tmp_path / "weights.pt")
+    for option in (["--check", *DATA], ["--mean", "0.5"], ["--architecture", "resnet18"]):
+        answer = convert("weights.pt", "net.pt", *option)
+        assert answer.code == 1
+        assert "the names do not tell the layout" in answer.err
+        assert not (tmp_path / "net.pt").exists()
+    assert convert("weights.pt", "net.pt").code == 0
 
 
 def test_an_accuracy_that_is_not_the_expected_one_is_an_error(convert, tmp_path):

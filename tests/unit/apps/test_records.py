@@ -316,6 +316,19 @@ def test_only_unfinished_runs_below_outputs_are_removed(tmp_path):
     assert (elsewhere / "config.yaml").exists()
 
 
+def test_results_of_a_checkpoint_from_elsewhere_are_complete_and_never_removed(tmp_path, capsys):
+    network = make_run(tmp_path / "net" / "0039fe6b", done=False)
+    (network / "identity.yaml").write_text("model: {}\nsource: {}\nweights: f9e5799489645f94\n")
+    (network / "metrics.jsonl").unlink()
+    record = read_record(network)
+    assert (record.status, record.problem) == ("done", "")
+    job(OmegaConf.create({**asdict(RunsRoot()), "outputs": str(tmp_path), "clean": True, "confirm": True}))
+    assert "There is no unfinished run." in capsys.readouterr().out
+    with pytest.raises(UserError, match="left as it is"):
+        remove(network, tmp_path)
+    assert (network / "results.h5").exists()
+
+
 def test_a_run_in_use_does_not_keep_the_others_from_being_removed(tmp_path, capsys):
     busy, damaged, begun = (make_run(tmp_path / "a" / name, done=False) for name in ("busy", "damaged", "left"))
     (damaged / "identity.yaml").write_text("{")
