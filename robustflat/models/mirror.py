@@ -109,6 +109,7 @@ class _Settings(dict[tuple[str, str], tuple[object, ...]]):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._references: list[object] = []
+        shared: dict[int, int] = {}  # which tensors are one, by the order in which they come
         for path, module in model.named_modules():
             self[path, ""] = (self._identity(module), type(module), *hooks_of(module))
             for name, value in vars(module).items():
@@ -117,12 +118,13 @@ class _Settings(dict[tuple[str, str], tuple[object, ...]]):
                 if _plain(value):
                     self[path, name] = (type(value), value)
                 elif isinstance(value, Tensor):
-                    self[path, name] = (self._identity(value), value._version)
+                    self[path, name] = (self._identity(value), None if value.is_inference() else value._version)
                 elif type(value).__weakrefoffset__:
                     self[path, name] = (self._identity(value),)
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    self[path, name] = () if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+                    number = shared.setdefault(id(tensor), len(shared))
+                    self[path, name] = () if tensor is None else (tensor.shape, tensor.dtype, tensor.device, number)
 
     def without(self, keys: Container[tuple[str, str]]) -> dict[tuple[str, str], tuple[object, ...]]:
         """All but some."""

@@ -87,20 +87,22 @@ class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.second = nn.Linear(4, 3)
+        self.second.weight = self.head.weight
         self.register_buffer("scale", torch.ones(4, 1, 1))
         self.offset, self.factor, self.function, self.calls = torch.zeros(4, 1, 1), 1.0, torch.relu, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         features = self.function(self.norm(self.conv(x)) / self.scale + self.offset) * self.factor
-        logits: torch.Tensor = self.head(features.mean((2, 3)))
+        logits: torch.Tensor = self.head(features.mean((2, 3))) + self.second(features.amax((2, 3)))
         return logits
 
 
 REPLACED = {
-    "parameter": lambda m: setattr(m.head, "weight", nn.Parameter(torch.rand(3, 4).double())),
+    "parameter": lambda m: setattr(m.head, "bias", nn.Parameter(torch.rand(3).double())),
     "folded parameter": lambda m: setattr(m.conv, "weight", nn.Parameter(torch.rand(4, 1, 3, 3).double())),
-    "state": lambda m: m.load_state_dict({k: t * t for k, t in m.state_dict().items()}, assign=True),
+    "state": lambda m: m.norm.load_state_dict({k: t * t for k, t in m.norm.state_dict().items()}, assign=True),
     "buffer": lambda m: setattr(m, "scale", torch.full((4, 1, 1), 2.0).double()),
 }
 CHANGED = {
@@ -112,6 +114,7 @@ CHANGED = {
     "function": lambda m: setattr(m, "function", torch.tanh),
     "tensor": lambda m: setattr(m, "offset", torch.ones(4, 1, 1)),
     "tensor in place": lambda m: m.offset.add_(1),
+    "weights that were shared": lambda m: setattr(m.second, "weight", nn.Parameter(torch.rand(3, 4).double())),
     "hook": lambda m: m.conv.register_forward_hook(lambda layer, taken, given: -given),
     "forward": lambda m: setattr(m.conv, "forward", torch.zeros_like),
 }
@@ -129,6 +132,13 @@ def test_what_is_replaced_is_followed_or_noticed(what: str) -> None:
     assert mirror.follows(model) is (what in REPLACED)
     if what in REPLACED:
         torch.testing.assert_close(mirror.refreshed()(images()), model(images()), rtol=1e-10, atol=1e-10)
+
+
+def test_tensors_of_inference_mode_are_no_hindrance() -> None:
+    model = Named().double().eval()
+    with torch.inference_mode():
+        model.offset = torch.ones(4, 1, 1, dtype=torch.float64)
+    assert Mirror(model, images(2)).follows(model)
 
 
 def test_it_follows_one_network_and_keeps_it_not_alive() -> None:
