@@ -51,7 +51,7 @@ def compare_origins(a: Path, b: Path) -> list[str]:
 def _provenance(run: Path) -> dict[str, Any]:
     try:
         content = json.loads((run / "provenance.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

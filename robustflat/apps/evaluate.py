@@ -387,7 +387,7 @@ def open_folder(config: DictConfig, run: Path | None, files: list[NetworkFile]) 
     if run is not None:
         try:
             identity = yaml.safe_load((run / "identity.yaml").read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{run / 'identity.yaml'} cannot be read: is {run} a run folder?") from error
         return RunFolder(run, identity or {})
     values = resolved(config)

@@ -79,7 +79,7 @@ class RunFolder:
             there = yaml.safe_load(stored.read_text()) or {}
             if not isinstance(there, dict):
                 raise yaml.YAMLError("not a mapping")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{stored} is damaged; remove the folder {self.path} to start that run anew.") from error
         lines = list(differences(decisive(there), decisive(json.loads(json.dumps(identity, default=str)))))
         if lines:
@@ -119,7 +119,7 @@ class RunFolder:
         """Content of a JSON file of the folder; empty if it is not there or damaged (it can be made again)."""
         try:
             value = json.loads((self.path / name).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 

@@ -140,7 +140,7 @@ def _configuration(record: RunRecord) -> Choice:
     assert record.folder is not None
     try:
         values = yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return {}
     return flat(values) if isinstance(values, dict) else {}
 

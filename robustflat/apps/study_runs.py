@@ -86,7 +86,7 @@ def completed(folder: Path) -> set[str]:
     """Digests of the evaluations that a run folder has, by its own record; empty without results file."""
     try:
         found = json.loads((folder / EVALUATED).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return set()
     return set(found) if isinstance(found, dict) and (folder / RESULTS).is_file() else set()
 

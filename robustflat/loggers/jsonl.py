@@ -100,7 +100,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, float]]:
         raise DataError(f"there is no metrics file {path}.")
     try:
         return [{name: float(value) for name, value in line.items()} for _, line in _sound_lines(path)]
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}.") from error
 
 
@@ -127,7 +127,7 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     kept = []
     *lines, _ = before.split(b"\n")
     for raw in lines:
-        with suppress(ValueError, TypeError, KeyError):  # a damaged line says nothing and is dropped
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a damaged line says nothing and is dropped
             if wanted(json.loads(raw)):
                 kept.append(raw)
     after = b"".join(raw + b"\n" for raw in kept)

@@ -85,5 +85,5 @@ def read_ledger(path: str | Path) -> dict[str, dict[str, float]]:
     try:
         content = json.loads(Path(path).read_text())
         return {phase: {name: float(v) for name, v in entry.items()} for phase, entry in content.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}

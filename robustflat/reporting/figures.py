@@ -23,6 +23,9 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", ":", "-.")
 _INK = "#222222"
 _LEGEND_ROWS = 14
+LONGEST = 48
+"""Characters of a name in a legend or beside a bar."""
+
 _ENDINGS = (".png", ".svg", ".html", ".pdf", ".jpg")
 
 
@@ -165,7 +168,7 @@ def _bars(item: Bars, axes: Axes) -> None:
     for bar, strong in zip(bars, item.strong, strict=True):
         if not strong:
             bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
-    axes.set_yticks(places, [plain_text(name) for name in item.names], fontsize=7)
+    axes.set_yticks(places, [plain_text(_shortened(name)) for name in item.names], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -183,9 +186,16 @@ def _colour(style: Style) -> str:
 
 
 def legend_label(name: str) -> str | None:
-    """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
-    text = plain_text(name)
+    """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it.
+
+    Of a long one, such as all settings of a run, both ends are shown: whole, it would leave the axes no room.
+    """
+    text = plain_text(_shortened(name))
     return None if not name else f" {text}" if text.startswith("_") else text
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]} … {name[-LONGEST // 2 :]}"
 
 
 def plain_text(text: str) -> str:

@@ -118,6 +118,19 @@ def test_a_pickled_data_set_executes_nothing(tmp_path, canary):
         load_arrays(tmp_path / "data.pickle")
 
 
+def test_files_nested_without_end_are_damaged_files(cli, cli_of, tmp_path):
+    assert cli(*TINY, "trainer.epochs=1", "attack.steps=1").code == 0
+    run = only_run(tmp_path)
+    config = (run / "config.yaml").read_bytes()
+    for name in ("config.yaml", "identity.yaml", "ledger.json", "metrics.jsonl", "provenance.json", "results.json"):
+        (run / name).write_text("[" * 3000 + "\n")
+    evaluate = ["evaluate", f"run={run}", "evaluation=smoke"]
+    answers = [cli_of("runs"), cli_of(*evaluate)]
+    (run / "config.yaml").write_bytes(config)
+    for answer in (*answers, cli_of(*evaluate)):
+        assert "Traceback" not in answer.err and "RecursionError" not in answer.err, answer.err
+
+
 TARGETS = [
     "os.system", "subprocess.run", "builtins.eval", "builtins.exec", "posix.system", "shutil.rmtree",
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.utils.cpp_extension.load_inline", "torch.os.system",

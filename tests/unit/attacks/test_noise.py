@@ -53,6 +53,13 @@ def test_gaussian_noise_lies_on_the_surface_of_the_ball() -> None:
     assert (x_adv - x).mean(0).abs().max() < 0.03  # in no direction more than in another
 
 
+def test_gaussian_noise_is_scaled_not_clipped() -> None:
+    x = torch.full((50, 1, 4, 4), 0.5)
+    y = torch.zeros(50, dtype=torch.int64)
+    noise = RandomNoise(LinfBall(0.3), kind="gaussian")(lambda z: z.flatten(1), x, y).x_adv - x
+    assert torch.equal((noise.abs() > 0.3 - 1e-6).flatten(1).sum(dim=1), torch.ones(50, dtype=torch.int64))
+
+
 def test_n_fgsm_takes_one_sign_step_from_unclipped_noise() -> None:
     x, y = images()
     found = NFgsm(LinfBall(0.1), step_size=0.07)(forward, x, y, margin, torch.Generator().manual_seed(1))

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from robustflat.errors import UserError
 from robustflat.reporting.contact_sheet import contact_sheet
 from robustflat.reporting.density_plots import density_picture
-from robustflat.reporting.figures import save, with_ending
+from robustflat.reporting.drawing import Bars, Drawing, Points
+from robustflat.reporting.figures import LONGEST, figure_of, save, with_ending
 from robustflat.reporting.landscape_plots import landscape_lines
 from robustflat.reporting.plots import training_curves
 from tests.unit.reporting.made_up import MadeUpLines
@@ -102,3 +103,17 @@ def test_infinite_losses_are_drawn_around(tmp_path: Path) -> None:
         losses=torch.tensor([[1.0, 2.0, 1.0, 2.0, float("inf")], [1.0, 2.0, 1.0, 3.0, float("nan")]])
     )
     assert landscape_lines({"a": far}, tmp_path / "a.png")[0].stat().st_size > 5000
+
+
+@pytest.mark.parametrize("count", [2, 20])  # a legend inside, and one beside the axes
+def test_long_names_leave_room_for_the_axes(count: int, tmp_path: Path) -> None:
+    names = [f"digits-at {'trainer.epochs=2 ' * 20} seed={i}" for i in range(count)]
+    points = tuple(Points(name, (1.0, 2.0), (1.0, 2.0)) for name in names)
+    bars = Bars(tuple(names), *[(1.0,) * count] * 3, (True,) * count)
+    for items in (points, (bars,)):
+        figure = figure_of(Drawing("key", "title", "caption", "reading", "x", "y", items))
+        save(figure, tmp_path, "key")  # matplotlib would warn of axes without room
+        axes = figure.axes[0].get_position()
+        assert axes.width > 0.3 and axes.height > 0.3
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(set(shown)) == count and max(map(len, shown)) <= LONGEST + 3
