@@ -23,6 +23,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _DASHES = ("-", "--", ":", "-.")
 _INK = "#222222"
 _LEGEND_ROWS = 14
+_LONGEST = 60
 _ENDINGS = (".png", ".svg", ".html", ".pdf", ".jpg")
 
 
@@ -165,7 +166,7 @@ def _bars(item: Bars, axes: Axes) -> None:
     for bar, strong in zip(bars, item.strong, strict=True):
         if not strong:
             bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
-    axes.set_yticks(places, [plain_text(name) for name in item.names], fontsize=7)
+    axes.set_yticks(places, [plain_text(shortened(name)) for name in item.names], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -184,8 +185,14 @@ def _colour(style: Style) -> str:
 
 def legend_label(name: str) -> str | None:
     """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
-    text = plain_text(name)
+    text = plain_text(shortened(name))
     return None if not name else f" {text}" if text.startswith("_") else text
+
+
+def shortened(name: str) -> str:
+    """A name of at most `_LONGEST` characters, its middle left out: longer ones leave no room for what is drawn."""
+    half = (_LONGEST - 5) // 2
+    return name if len(name) <= _LONGEST else f"{name[:half]} ... {name[-half:]}"
 
 
 def plain_text(text: str) -> str:
