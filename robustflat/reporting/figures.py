@@ -168,7 +168,7 @@ def _bars(item: Bars, axes: Axes) -> None:
     for bar, strong in zip(bars, item.strong, strict=True):
         if not strong:
             bar.set(hatch="////", facecolor="white", edgecolor=LIGHT[0])
-    axes.set_yticks(places, [plain_text(_shortened(name)) for name in item.names], fontsize=7)
+    axes.set_yticks(places, [plain_text(shortened(name)) for name in item.names], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -186,15 +186,13 @@ def _colour(style: Style) -> str:
 
 
 def legend_label(name: str) -> str | None:
-    """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it.
-
-    Of a long one, such as all settings of a run, both ends are shown: whole, it would leave the axes no room.
-    """
-    text = plain_text(_shortened(name))
+    """Names that start with an underscore have no place in a legend of matplotlib, so they get a space before it."""
+    text = plain_text(shortened(name))
     return None if not name else f" {text}" if text.startswith("_") else text
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """Both ends of a name of more than `LONGEST` characters, such as all settings of a run; it leaves no room."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]} … {name[-LONGEST // 2 :]}"
 
 

@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from robustflat.reporting.correlation import Correlation
 from robustflat.reporting.correlation_result import plural
 from robustflat.reporting.drawing import Drawing, Points
-from robustflat.reporting.figures import draw, plain_text
+from robustflat.reporting.figures import draw, plain_text, shortened
 from robustflat.reporting.findings import findings
 from robustflat.reporting.records import Study
 from robustflat.reporting.study_plots import Material, main_drawings
@@ -85,5 +85,5 @@ def _name_marks(drawing: Drawing, axes: Axes) -> None:
             continue
         taken.append((float(place[0]), float(place[1])))
         right = marks[name][0] <= middle
-        axes.annotate(plain_text(name), marks[name], xytext=(5 if right else -5, 4), fontsize=6.5,
+        axes.annotate(plain_text(shortened(name)), marks[name], xytext=(5 if right else -5, 4), fontsize=6.5,
                       textcoords="offset points", path_effects=[HALO], ha="left" if right else "right")  # fmt: skip
