@@ -27,7 +27,7 @@ COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
 PYTHON = (3, 11)
 REQUIRED = ("hydra-core", "omegaconf", "numpy", "scipy", "h5py", "pillow", "scikit-learn", "matplotlib", "pandas",
-            "pyarrow", "plotly", "jinja2", "itables", "rich")  # fmt: skip
+            "pyarrow", "plotly", "jinja2", "itables", "rich", "pyyaml")  # fmt: skip
 """The dependencies of pyproject.toml without those that have lines of their own: torch, W&B, the joblib launcher."""
 OPTIONAL = {
     "hydra-joblib-launcher": "sweeps on the cores of one machine: pip install robustflat[joblib]",
