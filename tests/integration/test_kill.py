@@ -31,12 +31,11 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert script("kill_and_resume").kill_and_resume(tmp_path, 2, 0, overrides) == []
 
 
-def test_a_difference_would_be_seen(tmp_path):
+def test_a_difference_would_be_seen(trained, tmp_path):
     module = script("kill_and_resume")
-    whole = module.run(tmp_path / "whole", [*TINY, "trainer.epochs=1", "threads=1"])
     other = tmp_path / "other"
-    shutil.copytree(whole, other)
-    assert module.compare_runs(whole, other) == []
+    shutil.copytree(trained, other)
+    assert module.compare_runs(trained, other) == []
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("1", "2", 1))
-    assert any("metrics.jsonl" in line for line in module.compare_runs(whole, other))
+    assert any("metrics.jsonl" in line for line in module.compare_runs(trained, other))

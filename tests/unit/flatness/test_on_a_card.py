@@ -39,7 +39,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
         yield small().to(DEVICE)
 
 
-LONG = {"average_flatness_filter", "noise_radius", "pac_bayes_worst", "pac_bayes_worst_magnitude", "worst_flatness"}
+LONG = {
+    "average_flatness_filter", "noise_radius", "pac_bayes_worst", "pac_bayes_worst_magnitude", "worst_flatness",
+    "pac_bayes_sigma_magnitude", "adaptive_worst_linf", "adaptive_worst_linf_normalized",
+}  # fmt: skip
 """Hundreds of passes, whose shapes torch derives in Python."""
 
 
