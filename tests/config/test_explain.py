@@ -46,8 +46,8 @@ def reachable(compose) -> set[str]:
     choices += [[f"trainer/gradient={name}"] for name in RULES]
     choices += [[f"trainer/loss={name}"] for name in LOSSES]
     for choice in choices:
-        config = OmegaConf.to_container(compose(*choice), resolve=True)
-        found |= {*targets(config["trainer"]), *targets(config["attack"])}
+        config = compose(*choice)
+        found |= {t for group in ("trainer", "attack") for t in targets(OmegaConf.to_container(config[group]))}
     return {target for target in found if not target.startswith(NOT_PARTS)}
 
 

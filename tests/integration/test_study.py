@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +23,6 @@ from hydra.core.global_hydra import GlobalHydra
 from robustflat.apps.cards import card_schema
 from robustflat.apps.main import run_application
 from robustflat.apps.records import read_record, read_records
-from tests.conftest import undrawn
 from tests.integration.conftest import Answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,13 +94,19 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in which the study has run once; tests work on copies."""
-    folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch, undrawn():
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """Folder in which the study has run once, and what it said."""
+    folder, out, err = tmp_path_factory.mktemp("study"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
-        assert called("study", *configured(folder), "jobs=1") == 1
-    return folder
+        code = called("study", *configured(folder), "jobs=1")
+    return folder, Answer(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(first: tuple[Path, Answer]) -> Path:
+    """That folder; tests work on copies."""
+    return first[0]
 
 
 @pytest.fixture
@@ -119,8 +126,8 @@ def stamps(*folders: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in kept}
 
 
-def test_a_study_trains_and_evaluates_what_can_be_and_lists_what_failed(cli, tmp_path):
-    answer = cli("study", *configured(tmp_path), "jobs=1")
+def test_a_study_trains_and_evaluates_what_can_be_and_lists_what_failed(first):
+    tmp_path, answer = first
     assert answer.code == 1
     for text in (
         "Tiny",
