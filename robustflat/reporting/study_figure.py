@@ -62,7 +62,7 @@ def _title(results: Sequence[Correlation]) -> str:
         told.append(f"{result.method} {result.value:.2f}{ends}" if result.defined else f"{result.method} not defined")
     first = results[0]
     units = "" if first.n == first.units else f" of {plural(first.units, first.unit)}"
-    return f"{', '.join(told)}; n = {first.n}{units}"
+    return f"{', '.join(told)}\nn = {first.n}{units}"
 
 
 def _name_marks(drawing: Drawing, axes: Axes) -> None:
