@@ -62,7 +62,7 @@ def require_golden(folder: str, name: str, changed: dict[str, Any]) -> None:
     if os.environ.get(REGENERATE) == "1":
         GOLDEN.mkdir(exist_ok=True)
         text = yaml.safe_dump({**golden(folder), name: changed}, sort_keys=True, width=120)
-        how = f"To write it anew: {REGENERATE}=1 pytest -n 0 -m '' tests/config/test_experiments.py"
+        how = f"To write it anew: {REGENERATE}=1 pytest -n 0 tests/config/test_experiments.py"
         comment = f"# Differences of each experiment from iccv21/at. {how}"
         (GOLDEN / f"{folder}.yaml").write_text(f"{comment}\n{text}")
         golden.cache_clear()
@@ -162,9 +162,7 @@ RELEASED_OF_EACH_KIND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in RELEASED_OF_EACH_KIND else pytest.mark.slow) for n in RELEASED]
-)
+@pytest.mark.parametrize("name", RELEASED)
 def test_every_released_experiment_is_valid_and_differs_as_the_golden_file_says(compose, baseline, name):
     config = compose(f"+experiment=iccv21_released/{name}")
     assert check(config) == []

@@ -76,7 +76,7 @@ ATTACKS = st.one_of(
     one(sorted(set(LISTS) - {"cifar10_models"})),
 )  # fmt: skip
 SLOWLY = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 

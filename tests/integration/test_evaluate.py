@@ -65,7 +65,7 @@ def test_the_same_command_measures_nothing_again_and_prints_the_same_table(evalu
     assert table == [line for line in second.out.splitlines() if "RErr" in line or "flatness" in line]
 
 
-@pytest.mark.parametrize("pieces", [1, pytest.param(3, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("pieces", [1, 3, 5])
 def test_an_interrupted_evaluation_goes_on_with_the_same_numbers_and_repeats_no_finished_part(
     evaluate, run, monkeypatch, pieces
 ):

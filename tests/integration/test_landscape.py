@@ -131,7 +131,7 @@ def test_the_same_command_measures_nothing_again_and_force_does(draw, runs, monk
 
 def test_a_killed_grid_goes_on_where_it_was_with_the_same_numbers(draw, runs, tmp_path):
     run = runs["one"]
-    options = [f"run={run}", *SMALL, "landscape.points=21"]
+    options = [f"run={run}", *SMALL, "landscape.points=41"]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from robustflat.apps.main import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, "landscape", *options], cwd=tmp_path, text=True)
     deadline = time.monotonic() + 100
@@ -144,10 +144,10 @@ def test_a_killed_grid_goes_on_where_it_was_with_the_same_numbers(draw, runs, tm
     process.wait()
     (journal,) = (run / "landscapes").glob(".*.jsonl")
     kept = journal.read_bytes().count(b"\n")
-    assert 3 <= kept < 41
+    assert 3 <= kept < 81
     resumed = draw(*options)
     assert resumed.code == 0, resumed.err
-    assert f"going on after {kept} of 41 points" in resumed.out
+    assert f"going on after {kept} of 81 points" in resumed.out
     numbers = stored(run)["last/test[:16]/landscape/paper_random"][0]
     assert draw(*options, "force=true").code == 0
     again = stored(run)["last/test[:16]/landscape/paper_random"][0]
