@@ -1,9 +1,10 @@
-"""How much memory a device has left, and options that bound what a computation may take of it."""
+"""How much memory a device has left and was used, and options that bound what a computation may take of it."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -11,6 +12,9 @@ from typing import TypeAlias
 import torch
 
 from robustflat.errors import UserError
+
+if sys.platform != "win32":
+    import resource
 
 MIB = 2**20
 
@@ -117,3 +121,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:  # another system, or a group that this process may not read
         return ""
+
+
+def peak_memory_mib(device: str | torch.device) -> float:
+    """Largest memory so far in MiB: allocated on a CUDA device, resident of this process elsewhere; NaN if unknown."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

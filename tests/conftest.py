@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.composing import remembered
 from tests.pair import Pair
 
 torch.set_num_threads(1)
@@ -42,6 +43,13 @@ def undrawn() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", lambda figure, folder, key: [])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hydra_reads_files_once() -> Iterator[None]:
+    """See `remembered`; tests that start a process of their own have Hydra as it is."""
+    with remembered():
         yield
 
 

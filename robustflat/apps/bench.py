@@ -20,7 +20,6 @@ from torch import nn
 
 import robustflat
 from robustflat.apps.collect import Origin, rows_of
-from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest
 from robustflat.apps.data_source import deciding_source
 from robustflat.apps.networks import NetworkFile, snapshot, snapshots
@@ -38,6 +37,7 @@ from robustflat.evaluation.rows import Row
 from robustflat.evaluation.selection import Score, score
 from robustflat.flatness.result import FlatnessResult
 from robustflat.flatness.subject import require_deterministic, require_finite_weights, require_own_statistics
+from robustflat.memory import peak_memory_mib
 from robustflat.models.passes import PassCounter, Passes
 from robustflat.models.precision import precision_of
 from robustflat.ranks import workers

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from robustflat.apps.collect import RESULTS
 from robustflat.errors import UserError
 from robustflat.loggers.ledger import LEDGER, read_ledger
 from robustflat.reporting.records import LEDGER_COLUMNS
 from robustflat.store.results import ResultStore
-
-if sys.platform != "win32":
-    import resource
-
-
-def peak_memory_mib(device: str | torch.device) -> float:
-    """Largest memory so far in MiB: allocated on a CUDA device, resident of this process elsewhere; NaN if unknown."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def ledger_of(folder: Path) -> pd.DataFrame:

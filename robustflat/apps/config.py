@@ -84,7 +84,10 @@ def config_folder() -> Path:
 
 def register() -> None:
     """Make the root schema and the resolvers known to Hydra and OmegaConf; may be called again."""
-    ConfigStore.instance().store(name="root", node=Root)
+    store = ConfigStore.instance()
+    store.store(name="root", node=Root)
+    # Hydra copies the store, of which there is only one, at every composition and for every line of --help.
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]
     _accept_launcher_files()
     OmegaConf.register_new_resolver("px", lambda value: float(value) / 255.0, replace=True)
     OmegaConf.register_new_resolver("times", lambda factor, value: float(factor) * float(value), replace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -233,6 +234,7 @@ def _tf32() -> list[str]:
     return [name for name, switch in switches.items() if switch.fp32_precision == "tf32"]
 
 
+@functools.cache  # of the code that runs, whatever is edited in the meantime
 def _commit() -> dict[str, Any]:
     """Commit of the checkout that this package was imported from, and a hash of what differs: new files count too."""
     folder = Path(robustflat.__file__).resolve().parent.parent

@@ -24,7 +24,6 @@ from torch import nn
 import robustflat
 from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import require_valid
-from robustflat.apps.compute import peak_memory_mib
 from robustflat.apps.config import digest, identity, resolved
 from robustflat.apps.explain import print_method
 from robustflat.apps.isolated import run_isolated
@@ -45,10 +44,10 @@ from robustflat.loggers.base import Many
 from robustflat.loggers.console import ConsoleLogger
 from robustflat.loggers.jsonl import JsonlLogger
 from robustflat.loggers.ledger import LEDGER, LedgerLogger
+from robustflat.memory import peak_memory_mib
 from robustflat.models.inference import keep_freed_memory
 from robustflat.models.passes import PassCounter
 from robustflat.ranks import current, joined, sharing_work, speaks, started
-from robustflat.reporting.plots import training_curves
 from robustflat.rng import Streams, derived_seed
 from robustflat.training.checkpoint import load_newest
 from robustflat.training.trainer import Trainer, TrainingStopped
@@ -248,7 +247,8 @@ def make_deterministic(wanted: bool) -> None:
     """Let torch use deterministic algorithms only (True), or whatever is fastest; before a GPU is first used."""
     if wanted:  # cuBLAS reads it when it starts; NVIDIA's documentation of reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # importing half of the compiler takes a second
+        torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.deterministic = wanted
     if wanted:
         torch.backends.cudnn.benchmark = False
@@ -378,6 +378,8 @@ def draw_curves(session: Session) -> None:
         for row in callback.history
     ]
     if rows and current().first:
+        from robustflat.reporting.plots import training_curves  # not for a run that is only repeated: Matplotlib
+
         title = f"{session.name}, seed {session.config.seed}"
         training_curves([rows], session.folder.path / "curves.png", title=title)
 

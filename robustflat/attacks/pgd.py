@@ -235,6 +235,7 @@ class Pgd:
             new, grad = self._evaluate(forward, point, y, goal)
             keeper.see(new)
             point = walk.onward(new, grad)
+            del grad  # no use for it while the next one is found
         keeper.see(judge_as_is(forward, point, y, objective, targeted=self.targeted))
         return keeper.kept()
 

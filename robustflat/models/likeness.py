@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 _SMALL = 0.01  # weights that a network may grow from
 
-Answer: TypeAlias = tuple[Tensor, Tensor] | None
-"""Logits (B, K) and a gradient (B, C, H, W); `None` of a network that cannot compute them."""
+Answer: TypeAlias = tuple[Tensor, ...] | None
+"""Logits (B, K) and a gradient (B, C, H, W) where asked; `None` of a network that cannot compute them."""
 
 
-def answer(network: Callable[[Tensor], Tensor], example: Tensor) -> Answer:
+def answer(network: Callable[[Tensor], Tensor], example: Tensor, *, gradient: bool = True) -> Answer:
     """Logits of images (B, C, H, W), and the gradient of their log-sum-exp."""
-    with torch.inference_mode(False), torch.enable_grad():
-        point = example.detach().clone().requires_grad_()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+        point = example.detach().clone().requires_grad_(gradient)
         try:
             logits = network(point)
+            if not gradient:
+                return (logits.detach(),)
             (grad,) = torch.autograd.grad(logits.logsumexp(1).sum(), point, allow_unused=True)
         except Exception:  # of the network's code
             return None

@@ -10,6 +10,7 @@ from robustflat.apps.check import check
 from robustflat.apps.config import config_folder, digest, identity, run_id, run_name
 from robustflat.apps.rules import check_together
 from robustflat.errors import UserError
+from tests.composing import forgotten
 
 FOLDER = config_folder()
 GROUPS = ("dataset", "model", "optimizer", "schedule", "attack", "trainer", "flatness", "evaluation", "logger")
@@ -215,3 +216,25 @@ def test_single_steps_are_as_long_as_the_data_ask_for(compose, dataset, attack, 
 def test_a_single_step_follows_its_own_ball_wherever_it_stands(compose):
     config = compose("+attack@evaluation.attacks.one=fgsm_linf", "evaluation.attacks.one.ball.epsilon=0.05")
     assert config.evaluation.attacks.one.step_size == 0.05
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["+experiment=robust_overfitting", "trainer=trades", "attack=pgd_l2", "~flatness"],
+        ["dataset=cifar10", "+sweep=optuna", "hydra.run.dir=${px:9}", "evaluation=paper", "trainer.epochs=3"],
+    ],
+)
+def test_what_tests_remember_composes_as_hydra_does_alone(compose, overrides):
+    remembered = [OmegaConf.to_yaml(compose(*overrides, hydra_node=True)) for _ in range(2)]
+    with forgotten():
+        assert remembered == [OmegaConf.to_yaml(compose(*overrides, hydra_node=True))] * 2
+
+
+def test_a_file_that_changes_is_read_again(tmp_path, compose):
+    (tmp_path / "setting").mkdir()
+    file, added = tmp_path / "setting" / "mine.yaml", f"hydra.searchpath=[{tmp_path}]"
+    for seed in (3, 4):
+        file.write_text(f"# @package _global_\nseed: {seed}\n")
+        assert compose(added, "+setting=mine").seed == seed

@@ -66,6 +66,13 @@ def log_handlers_of_the_test_end_with_it():
         root.removeHandler(handler)
 
 
+@pytest.fixture(autouse=True)
+def learning_curves_are_drawn_where_they_are_looked_at(request, monkeypatch):
+    """Drawing curves.png takes 0.2 s, longer than the training of many a test."""
+    if request.path.name != "test_train.py":
+        monkeypatch.setattr("robustflat.apps.train.draw_curves", lambda session: None)
+
+
 class Answer(NamedTuple):
     """Exit code and what was printed."""
 

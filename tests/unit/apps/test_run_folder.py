@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from robustflat.apps import run_folder
 from robustflat.apps.run_folder import RunFolder, provenance, write_text
 from robustflat.errors import UserError
 from robustflat.models.precision import exact_float32
@@ -54,6 +55,7 @@ def test_a_new_file_of_the_package_makes_the_checkout_dirty(tmp_path, monkeypatc
     for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
     monkeypatch.setattr("robustflat.__file__", str(package))
+    monkeypatch.setattr(run_folder, "_commit", run_folder._commit.__wrapped__)  # as a new process each time
     found = [provenance([])["dirty"]]
     (tmp_path / "notes.txt").write_text("nothing that is run")
     found.append(provenance([])["dirty"])
