@@ -32,6 +32,14 @@ SELECT = ("cross_entropy", "confident_wrong")
 """Which restart is the strongest: highest cross-entropy (paper), or most confident wrong class (released)."""
 
 
+NUMBERS_AT_ONCE = 128 * 3 * 32 * 32
+"""Numbers in the images attacked at once on a CPU unless the caller says otherwise: small images share a pass with
+their restarts."""
+
+ACCELERATED = 20
+"""Times as many on an accelerator, where launching the kernels of a small batch takes longer than their work."""
+
+
 class Strongest(NamedTuple):
     """Strongest adversarial images x_adv (B, C, H, W) and the model's logits (B, K) on them."""
 
@@ -74,6 +82,7 @@ def strongest(
     generator: torch.Generator | None = None,
     search: str | SearchCopy = "plain",
     memory_budget: MemoryBudget = "auto",
+    at_once: int | None = None,
 ) -> Strongest:
     """Run an attack `restarts` times and keep, per example, the strongest result; ties keep the earlier one.
 
@@ -87,6 +96,7 @@ def strongest(
         search: one of `SEARCHES`, or a `SearchCopy` of the model for many calls; a rewritten copy is faster, and the
             plain model judges in every case.
         memory_budget: of one pass of the search and its gradient, see `Searching`.
+        at_once: images that the attack is called on, runs counted; `None`: see `images_at_once`. One run at least.
 
     Returns:
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
@@ -101,21 +111,41 @@ def strongest(
     check_shapes(x, y)
     _require_attack(attack)
     searched, judged = search_model(model, x, search) if isinstance(search, str) else search(x), model
+    passes = runs_by_pass(len(x), restarts, images_at_once(x) if at_once is None else at_once)
     if memory_budget is not None and len(x):
         with held_still(model):
             need = bytes_per_image(searched, x)
         limit = budget_bytes(memory_budget, x.device)
-        searched, judged = (bounded(network, x, need=need, limit=limit) for network in (searched, model))
-    for _ in range(restarts):
-        x_adv = attack(searched, x, y, generator=generator).x_adv.detach()
-        new = Strongest(x_adv, judged_logits(judged, x_adv))
-        if best is None:
-            best = new
-            continue
-        take = strength(new.logits, y, select) > strength(best.logits, y, select)
-        best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
+        most = copies(x, passes[0])
+        searched, judged = (bounded(network, most, need=need, limit=limit) for network in (searched, model))
+    for now in passes:
+        x_adv = attack(searched, copies(x, now), copies(y, now), generator=generator).x_adv.detach()
+        logits = judged_logits(judged, x_adv)
+        for new in map(Strongest, *(torch.split(t, len(x) or 1) for t in (x_adv, logits))):
+            if best is None:
+                best = new
+                continue
+            take = strength(new.logits, y, select) > strength(best.logits, y, select)
+            best = Strongest(choose(take, new.x_adv, best.x_adv), choose(take, new.logits, best.logits))
     assert best is not None, "restarts is at least 1"
     return best
+
+
+def images_at_once(x: Tensor) -> int:
+    """How many images like those of x (B, C, H, W) an attack is best called on at once: `NUMBERS_AT_ONCE`."""
+    numbers = NUMBERS_AT_ONCE * (1 if x.device.type == "cpu" else ACCELERATED)
+    return max(1, numbers // max(x.shape[1:].numel(), 1))
+
+
+def runs_by_pass(count: int, runs: int, at_once: int) -> list[int]:
+    """How many of `runs` runs on a batch of `count` images share each pass of at most `at_once` images."""
+    together = max(1, at_once // max(count, 1))
+    return [min(together, runs - done) for done in range(0, runs, together)]
+
+
+def copies(t: Tensor, times: int) -> Tensor:
+    """`times` copies of a tensor (B, ...), one after the other: (times * B, ...); the tensor itself for one."""
+    return t if times == 1 else t.repeat(times, *[1] * (t.ndim - 1))
 
 
 def _require_attack(attack: object) -> None:

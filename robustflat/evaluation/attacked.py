@@ -16,7 +16,7 @@ from robustflat.attacks.examples import require_answers
 from robustflat.attacks.judging import succeeded
 from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.sanity import Finding, check_verified, verify
-from robustflat.attacks.strongest import Strongest, judged_logits, strongest
+from robustflat.attacks.strongest import Strongest, copies, judged_logits, runs_by_pass, strongest
 from robustflat.evaluation.turns import in_turn
 from robustflat.geometry.input_ball import InputBall
 from robustflat.memory import MemoryBudget
@@ -91,7 +91,7 @@ def attack_batches(
 
     def rehearsal(number: int, stand_in: torch.Generator) -> bool:
         x = batches[number].x.to(device)
-        return all(rehearse(attack, _copies(x, now), stand_in) for now in _passes(len(x), runs, at_once))
+        return all(rehearse(attack, copies(x, now), stand_in) for now in runs_by_pass(len(x), runs, at_once))
 
     pieces = in_turn(attacked, len(batches), generator, rehearsal)
     logits = torch.cat([piece["logits"] for piece in pieces], dim=1)
@@ -102,16 +102,6 @@ def attack_batches(
     return Attacked(logits, (check_verified(refused, fooled, counted=True),), {}, {})
 
 
-def _passes(count: int, runs: int, at_once: int) -> list[int]:
-    """How many runs on a batch of `count` images share each pass."""
-    together = max(1, at_once // count)
-    return [min(together, runs - done) for done in range(0, runs, together)]
-
-
-def _copies(t: Tensor, times: int) -> Tensor:
-    return t.repeat(times, *[1] * (t.ndim - 1))
-
-
 def _runs(
     run: Callable[[Tensor, Tensor], Strongest], batch: Batch, ball: InputBall, runs: int, at_once: int
 ) -> tuple[Tensor, int, int]:
@@ -119,8 +109,8 @@ def _runs(
     x, y = batch
     parts = []
     outside = wrong = 0
-    for now in _passes(len(y), runs, at_once):
-        many_x, many_y = _copies(x, now), _copies(y, now)
+    for now in runs_by_pass(len(y), runs, at_once):
+        many_x, many_y = copies(x, now), copies(y, now)
         result = run(many_x, many_y)
         misled = succeeded(result.logits, many_y)
         wrong += int(misled.sum())

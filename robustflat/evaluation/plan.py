@@ -14,7 +14,7 @@ from robustflat.attacks.autoattack import AutoAttackSearch
 from robustflat.attacks.ensemble_progress import Progress
 from robustflat.attacks.nested import ball_of
 from robustflat.attacks.sanity import Finding, check_network
-from robustflat.attacks.strongest import SEARCHES
+from robustflat.attacks.strongest import SEARCHES, images_at_once
 from robustflat.data.dataset import Dataset
 from robustflat.data.splits import shared_examples
 from robustflat.errors import UserError, require_one_of, require_range
@@ -36,13 +36,6 @@ Measured = dict[str, Any]
 
 KINDS = ("clean", "sanity", "attacks", "flatness")
 """Kinds of pieces, in the order in which they are measured."""
-
-NUMBERS_AT_ONCE = 128 * 3 * 32 * 32
-"""Numbers in the images attacked at once on a CPU unless the plan says otherwise; small images share a pass with
-their restarts."""
-
-ACCELERATED = 20
-"""Times as many on an accelerator."""
 
 
 class Piece(NamedTuple):
@@ -212,10 +205,7 @@ class EvaluationPlan:
 
     def _at_once(self, x: Tensor) -> int:
         """Images in one pass of an attack."""
-        if self.attack_batch is not None:
-            return self.attack_batch
-        numbers = NUMBERS_AT_ONCE * (1 if x.device.type == "cpu" else ACCELERATED)
-        return max(1, numbers // x[0].numel())
+        return images_at_once(x) if self.attack_batch is None else self.attack_batch
 
     def attack_piece(
         self, model: nn.Module, dataset: Dataset, piece: Piece, *, seed: int, progress: Progress | None = None

@@ -40,7 +40,7 @@ def as_images(logits: list[list[float]]) -> Tensor:
 def test_highest_cross_entropy_wins_per_example_whatever_the_attack_claims() -> None:
     labels = torch.tensor([0, 1])
     first, second = as_images([[0.9, 0.1], [0.2, 0.3]]), as_images([[0.8, 0.4], [0.1, 0.9]])
-    best = strongest(Identity(), first, labels, Scripted(first, second), restarts=2)
+    best = strongest(Identity(), first, labels, Scripted(first, second), restarts=2, at_once=1)
     # Example 0 is less sure of 0 in the second run; example 1 of 1 in the first.
     assert torch.equal(best.x_adv, torch.stack([second[0], first[1]]))
     assert torch.equal(best.logits, best.x_adv.flatten(1))
@@ -58,7 +58,7 @@ def test_ties_keep_the_earlier_run() -> None:
             return torch.zeros(len(x), 2)
 
     first, second = as_images([[0.9, 0.1]]), as_images([[0.8, 0.0]])
-    best = strongest(Indifferent(), first, torch.tensor([0]), Scripted(first, second), restarts=2)
+    best = strongest(Indifferent(), first, torch.tensor([0]), Scripted(first, second), restarts=2, at_once=1)
     assert torch.equal(best.x_adv, first)
 
 
@@ -69,7 +69,7 @@ def test_the_most_confident_wrong_class_need_not_have_the_highest_cross_entropy(
     spread = as_images([[math.log(0.2), math.log(0.4), math.log(0.4)]])
     for select, winner in (("cross_entropy", spread), ("confident_wrong", sure)):
         for runs in ((sure, spread), (spread, sure)):
-            best = strongest(Identity(), sure, labels, Scripted(*runs), restarts=2, select=select)
+            best = strongest(Identity(), sure, labels, Scripted(*runs), restarts=2, select=select, at_once=1)
             assert torch.equal(best.x_adv, winner)
     assert float(strength(sure.flatten(1), labels, "confident_wrong")) == pytest.approx(0.65)
     with pytest.raises(UserError, match="select must be one of confident_wrong, cross_entropy"):
@@ -101,3 +101,25 @@ def test_a_memory_budget_changes_neither_images_nor_logits(search: str) -> None:
     )  # fmt: skip
     torch.testing.assert_close(parts.x_adv, whole.x_adv, rtol=0, atol=1e-9)
     torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("search", ["plain", "fp32"])
+def test_runs_that_share_a_pass_find_what_runs_one_by_one_find(search: str) -> None:
+    model = resnet_tiny(classes=3, in_channels=1, channels=4).double().eval()
+    x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    calls: list[int] = []
+
+    class Noting(Pgd):
+        def __call__(self, forward, x, *args, **kwargs) -> Found:
+            calls.append(len(x))
+            return super().__call__(forward, x, *args, **kwargs)
+
+    attack = Noting(LinfBall(0.1), steps=2, step_size=0.05)
+    one_by_one, shared = (
+        strongest(model, x, y, attack, restarts=5, generator=torch.Generator().manual_seed(1), search=search,
+                  at_once=at_once)
+        for at_once in (1, 8)
+    )  # fmt: skip
+    assert calls == [4] * 5 + [8, 8, 4]
+    torch.testing.assert_close(shared.x_adv, one_by_one.x_adv, rtol=0, atol=1e-9)
+    torch.testing.assert_close(shared.logits, one_by_one.logits, rtol=1e-9, atol=1e-9)
