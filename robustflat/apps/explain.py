@@ -26,6 +26,7 @@ def print_method(config: DictConfig, console: Console) -> None:
     require_valid(config)
     config.device = "cpu"
     check_together(config)
+    _build_what_is_not_explained(config)
     dataset, problem = _dataset(config)
     console.print(str(method_of(config, dataset)), markup=False, soft_wrap=True)
     if dataset is None:
@@ -34,6 +35,19 @@ def print_method(config: DictConfig, console: Console) -> None:
     else:
         epochs, batch = config.trainer.epochs, config.dataset.batch_size
         console.print(f"                {epochs} epochs, batches of {batch}", markup=False)
+
+
+def _build_what_is_not_explained(config: DictConfig) -> None:
+    """Network, evaluation and flatness, for what their constructors refuse; a network from elsewhere might download."""
+    for node in (config.evaluation, config.flatness, *_own_network(config)):
+        if node is not None:
+            build(node)
+
+
+def _own_network(config: DictConfig) -> list[DictConfig]:
+    target = str(config.model["_target_"])
+    own = target.startswith("robustflat.models.") and not target.startswith("robustflat.models.external.")
+    return [config.model] if own else []
 
 
 def method_of(config: DictConfig, dataset: Dataset | None) -> Method:
@@ -61,8 +75,8 @@ def method_of(config: DictConfig, dataset: Dataset | None) -> Method:
 
 
 def _dataset(config: DictConfig) -> tuple[Dataset | None, str]:
+    dataset: Dataset = build(config.dataset)
     try:
-        dataset: Dataset = build(config.dataset)
         dataset.sets  # noqa: B018  # reads the files
     except UserError as error:
         return None, str(error)

@@ -10,13 +10,15 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from torch import Tensor, nn
 
 from robustflat.apps.build import build
 from robustflat.apps.check import resolve_target
 from robustflat.apps.config import config_folder
-from robustflat.apps.explain import method_of
+from robustflat.apps.explain import method_of, print_method
 from robustflat.attacks.transfer import Transfer
+from robustflat.errors import UserError
 from robustflat.explanation import Cost, CountsPasses, Explains, explanation_of
 from robustflat.losses.base import TrainingLoss
 from robustflat.training.method import explain_method
@@ -191,3 +193,12 @@ def test_losses_and_rules_are_what_the_protocols_ask(compose):
         assert isinstance(rule, CountsPasses) and isinstance(rule, Explains)
     for name in LOSSES:
         assert isinstance(build(compose(f"trainer/loss={name}").trainer.loss), TrainingLoss)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["model.norm=soft", "evaluation.batch_size=0", "flatness.trials=0", "dataset.batch_size=0"]
+)
+def test_what_training_would_refuse_is_refused(compose, wrong):
+    key = wrong.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(UserError, match=key):
+        print_method(compose(wrong), Console(quiet=True))
