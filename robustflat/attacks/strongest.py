@@ -13,6 +13,7 @@ from robustflat.attacks.examples import answer
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
+from robustflat.attacks.pgd import Pgd
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.memory import MemoryBudget, budget_bytes, require_memory_budget
 from robustflat.models.chunks import bounded, bytes_per_image
@@ -96,7 +97,8 @@ def strongest(
         search: one of `SEARCHES`, or a `SearchCopy` of the model for many calls; a rewritten copy is faster, and the
             plain model judges in every case.
         memory_budget: of one pass of the search and its gradient, see `Searching`.
-        at_once: images that the attack is called on, runs counted; `None`: see `images_at_once`. One run at least.
+        at_once: images that the attack is called on, runs counted, and one run at least. `None`: `images_at_once` for
+            PGD, which takes memory for one piece of them at a time; one run for other attacks.
 
     Returns:
         Images and logits; the logits are the plain network's, whatever precision the attack searched in.
@@ -111,7 +113,9 @@ def strongest(
     check_shapes(x, y)
     _require_attack(attack)
     searched, judged = search_model(model, x, search) if isinstance(search, str) else search(x), model
-    passes = runs_by_pass(len(x), restarts, images_at_once(x) if at_once is None else at_once)
+    if at_once is None:
+        at_once = images_at_once(x) if isinstance(attack, Pgd) else 1
+    passes = runs_by_pass(len(x), restarts, at_once)
     if memory_budget is not None and len(x):
         with held_still(model):
             need = bytes_per_image(searched, x)

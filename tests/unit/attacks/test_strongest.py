@@ -40,7 +40,7 @@ def as_images(logits: list[list[float]]) -> Tensor:
 def test_highest_cross_entropy_wins_per_example_whatever_the_attack_claims() -> None:
     labels = torch.tensor([0, 1])
     first, second = as_images([[0.9, 0.1], [0.2, 0.3]]), as_images([[0.8, 0.4], [0.1, 0.9]])
-    best = strongest(Identity(), first, labels, Scripted(first, second), restarts=2, at_once=1)
+    best = strongest(Identity(), first, labels, Scripted(first, second), restarts=2)
     # Example 0 is less sure of 0 in the second run; example 1 of 1 in the first.
     assert torch.equal(best.x_adv, torch.stack([second[0], first[1]]))
     assert torch.equal(best.logits, best.x_adv.flatten(1))
@@ -58,7 +58,7 @@ def test_ties_keep_the_earlier_run() -> None:
             return torch.zeros(len(x), 2)
 
     first, second = as_images([[0.9, 0.1]]), as_images([[0.8, 0.0]])
-    best = strongest(Indifferent(), first, torch.tensor([0]), Scripted(first, second), restarts=2, at_once=1)
+    best = strongest(Indifferent(), first, torch.tensor([0]), Scripted(first, second), restarts=2)
     assert torch.equal(best.x_adv, first)
 
 
@@ -69,7 +69,7 @@ def test_the_most_confident_wrong_class_need_not_have_the_highest_cross_entropy(
     spread = as_images([[math.log(0.2), math.log(0.4), math.log(0.4)]])
     for select, winner in (("cross_entropy", spread), ("confident_wrong", sure)):
         for runs in ((sure, spread), (spread, sure)):
-            best = strongest(Identity(), sure, labels, Scripted(*runs), restarts=2, select=select, at_once=1)
+            best = strongest(Identity(), sure, labels, Scripted(*runs), restarts=2, select=select)
             assert torch.equal(best.x_adv, winner)
     assert float(strength(sure.flatten(1), labels, "confident_wrong")) == pytest.approx(0.65)
     with pytest.raises(UserError, match="select must be one of confident_wrong, cross_entropy"):
