@@ -210,7 +210,7 @@ def _close(logits: Tensor, plain: Tensor, tolerance: float) -> bool:
     return bool(difference <= tolerance * plain.double().abs().max().clamp_min(1e-6))
 
 
-class _MeanOfPixels(nn.Module):
+class MeanOfPixels(nn.Module):
     """What adaptive pooling to one pixel computes, bit for bit.
 
     Its gradient is divided before it is spread over the pixels. Torch divides afterwards, which lays the gradient out
@@ -218,17 +218,18 @@ class _MeanOfPixels(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Values (B, C, H, W) -> their means over pixels (B, C, 1, 1)."""
         # In float16 the sum itself may be too large.
         total = x.sum((-2, -1), keepdim=True, dtype=torch.float32 if x.dtype == torch.float16 else None)
         return (total / (x.shape[-2] * x.shape[-1])).to(x.dtype)
 
 
 def _pool_in_order_(network: nn.Module) -> None:
-    """Replace pooling over all pixels by `_MeanOfPixels`."""
+    """Replace pooling over all pixels by `MeanOfPixels`."""
     for path, module in list(network.named_modules()):
         single = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
         if single and path and not has_hooks(module):
-            network.set_submodule(path, _MeanOfPixels())
+            network.set_submodule(path, MeanOfPixels())
 
 
 def _to_channels_last_(network: nn.Module, example: Tensor, notes: list[str]) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from robustflat.models.convolutions import Forward, InputGradient
+from robustflat.models.inference import MeanOfPixels
+from robustflat.models.normalize import Normalize
 
 Value: TypeAlias = Any
 """A tensor, or a number that code computes with, such as a shape."""
@@ -113,6 +115,61 @@ class Convolution:
             gradients.add(self._source, found, ours=True)
         if self._other is not None:
             gradients.add(self._other, grad, ours=ours)
+
+
+class Layers:
+    """Layers of `BY_HAND` one after the other, without autograd, whose own work takes longer than small layers do.
+
+    Args:
+        layers: in their order.
+        source, target: numbers of the input and of the result.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], source: int, target: int) -> None:
+        self._layers = list(layers)
+        self.sources: tuple[int, ...] = (source,)
+        self.targets: tuple[int, ...] = (target,)
+
+    def run(self, values: dict[int, Value], kept: Kept | None) -> None:
+        """See `Step`."""
+        x, shapes = values[self.sources[0]], []
+        for layer in self._layers:
+            shapes.append(x.shape)
+            x = layer(x)
+        values[self.targets[0]] = x
+        if kept is not None:
+            kept[self.targets[0]] = shapes
+
+    def pull(self, gradients: Gradients, kept: Kept) -> None:
+        """See `Step`."""
+        grad, _ = gradients.take(self.targets[0])
+        if grad is None:
+            return
+        for layer, shape in zip(reversed(self._layers), reversed(kept[self.targets[0]]), strict=True):
+            grad = BY_HAND[type(layer)](layer, grad, shape)
+        gradients.add(self.sources[0], grad, ours=False)
+
+
+def _of_normalize(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad if layer.std is None else grad / layer.std.to(grad.dtype)
+
+
+def _of_mean(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
+    return (grad / (shape[-2] * shape[-1])).expand(shape)
+
+
+def _of_flatten(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad.reshape(shape)
+
+
+def _of_linear(layer: Any, grad: Tensor, shape: torch.Size) -> Tensor:
+    return torch.mm(grad, layer.weight) if grad.ndim == 2 else torch.matmul(grad, layer.weight)
+
+
+BY_HAND: Mapping[type[nn.Module], Callable[[Any, Tensor, torch.Size], Tensor]] = {
+    Normalize: _of_normalize, MeanOfPixels: _of_mean, nn.Flatten: _of_flatten, nn.Linear: _of_linear,
+}  # fmt: skip
+"""Layer, gradient to its result, shape of its input -> gradient to its input, with autograd's bits."""
 
 
 class Call:

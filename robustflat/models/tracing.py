@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from robustflat.models.passes import has_hooks
-from robustflat.models.steps import Call, Calls, Convolution, Place, Step
+from robustflat.models.steps import BY_HAND, Call, Calls, Convolution, Layers, Place, Step
 
 _ADDITIONS = (operator.add, torch.add)
 _RECTIFIERS = (torch.relu, torch.relu_, F.relu)
@@ -267,9 +267,25 @@ class _Plan:
         inside = set(row)
         sources = dict.fromkeys(part for node in row for part in node.all_input_nodes if part not in inside)
         targets = [n for n in row if n is self._result or any(user not in inside for user in n.users)]
+        if self._is_row_of_layers(row) and targets == row[-1:]:
+            (source,) = sources
+            return [Layers([self._layer(node) for node in row], self._numbers[source], self._numbers[row[-1]])]
         calls = [call for node in row for call in self._call(node, inside)]
         numbers = self._numbers
         return [Calls(calls, [numbers[n] for n in sources], [numbers[n] for n in targets])] if targets else []
+
+    def _is_row_of_layers(self, row: list[fx.Node]) -> bool:
+        """Whether each is a layer of `BY_HAND` that takes what the one before it gives."""
+        inputs = [*row[0].args[:1], *row[:-1]]
+        if len(inputs) < len(row) or not isinstance(inputs[0], fx.Node):
+            return False
+        return all(
+            node.op == "call_module"
+            and type(self._layer(node)) in BY_HAND
+            and not has_hooks(self._layer(node))
+            and (node.args, node.kwargs) == ((before,), {})
+            for before, node in zip(inputs, row, strict=True)
+        )
 
     def _call(self, node: fx.Node, inside: set[fx.Node]) -> list[Call]:
         arguments: tuple[Any, ...] = fx.node.map_arg(node.args, self._place)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from robustflat.models.convolutions import Forward, InputGradient, can_convolve
 from robustflat.models.fused import Fused, fast_copy, fused
-from robustflat.models.inference import rewrite
+from robustflat.models.inference import MeanOfPixels, rewrite
 from robustflat.models.mirror import Mirror
+from robustflat.models.normalize import Normalize
 from robustflat.models.passes import PassCounter, Passes
 from robustflat.models.preact_resnet import preact_resnet18
 from robustflat.models.resnet import resnet18, resnet50, resnet_tiny
+from robustflat.models.steps import Gradients, Kept, Layers
 from robustflat.models.wide_resnet import wide_resnet
 
 pytestmark = pytest.mark.skipif(not can_convolve(), reason="PyTorch without oneDNN's fused convolutions")
@@ -307,6 +309,24 @@ def test_input_gradient(inputs: int, outputs: int, options: dict[str, int], widt
             torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(added, expected + (start if added is into else 0), rtol=1e-4, atol=1e-5)
             layer.weight.mul_(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_differentiated_by_hand_give_autograds_bits(dtype: torch.dtype) -> None:
+    layers = nn.Sequential(Normalize([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]), MeanOfPixels(), nn.Flatten(), nn.Linear(3, 5))
+    layers.to(dtype).requires_grad_(False)
+    x = torch.rand(6, 3, 7, 9, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layers(x)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    step, values, kept, gradients = Layers(list(layers), 0, 1), {0: x.detach()}, Kept(), Gradients()
+    step.run(values, kept)
+    for _ in range(2):
+        gradients.add(1, grad, ours=False)
+        step.pull(gradients, kept)
+        found, _ = gradients.take(0)
+        assert torch.equal(values[1], y)
+        assert torch.equal(found, expected)
 
 
 class _Branches(Reused):
