@@ -47,6 +47,12 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 NEEDED = ("dataset", "model", "optimizer", "schedule", "attack", "trainer", "evaluation")
 """Groups that training cannot do without; there may be no flatness measure and no further logger."""
 
+_ADDED = {
+    "model.auxiliary": " trainer=self_supervised asks for it, a second head that tells rotations apart: resnet*, "
+    "preact_resnet18, wrn_* and convnext have one.",
+}
+"""Why a key is there that the user has not written."""
+
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
 
@@ -145,7 +151,8 @@ def _check_target(node: DictConfig, path: str, trusted: Sequence[str]) -> Iterat
     given = [str(k) for k in node if str(k) not in HYDRA_KEYS]
     for key in given:
         if key not in accepted and not open_ended:
-            yield f"{path}.{key}: {_short(target)} takes no argument '{key}'.{_suggest(key, accepted)}"
+            why = _ADDED.get(f"{path}.{key}", "")
+            yield f"{path}.{key}: {_short(target)} takes no argument '{key}'.{why}{_suggest(key, accepted)}"
         elif key in hints:
             yield from _check_value(node, key, hints[key], f"{path}.{key}")
     if not node.get("_partial_", False):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from omegaconf import OmegaConf
 
 from robustflat.apps.build import build, choose_device, named_nodes
 from robustflat.apps.check import check, require_valid, resolve_target
+from robustflat.apps.config import config_folder
 from robustflat.errors import UserError
 
 
@@ -206,3 +209,13 @@ def test_entries_of_lists_and_mappings_are_checked_too(target, key, value, good)
 @pytest.mark.parametrize("callbacks", [{}, {"callbacks": None}, {"callbacks": {"one": None}}])
 def test_a_trainer_may_have_no_callbacks(callbacks):
     assert named_nodes(OmegaConf.create({"trainer": callbacks}), "callbacks") == {}
+
+
+def test_a_network_without_a_rotation_head_is_told_who_asks_for_one(compose):
+    (problem,) = check(compose("trainer=self_supervised", "model=lenet"))
+    assert "trainer=self_supervised asks for it" in problem
+    files = (config_folder() / "model").glob("*.yaml")
+    with_a_head = {path.stem for path in files if "\nauxiliary:" in path.read_text()}
+    named = re.search(r"apart: (.+) have one", problem)[1].replace(" and ", ", ").split(", ")
+    assert all(any(fnmatch(name, pattern) for pattern in named) for name in with_a_head)
+    assert all(any(fnmatch(name, pattern) for name in with_a_head) for pattern in named)
