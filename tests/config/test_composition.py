@@ -223,7 +223,7 @@ def test_a_single_step_follows_its_own_ball_wherever_it_stands(compose):
     [
         [],
         ["+experiment=robust_overfitting", "trainer=trades", "attack=pgd_l2", "~flatness"],
-        ["dataset=cifar10", "+sweep=optuna", "hydra.run.dir=${px:9}", "evaluation=paper", "trainer.epochs=3"],
+        ["dataset=cifar10", "+sweep=seeds", "hydra.run.dir=${px:9}", "evaluation=paper", "trainer.epochs=3"],
     ],
 )
 def test_what_tests_remember_composes_as_hydra_does_alone(compose, overrides):
