@@ -160,7 +160,8 @@ def _apply_l1_(proposal: Proposal, ball: InputBall, point: Tensor, x: Tensor) ->
     delta[other] = 0
     surplus = ball.epsilon * 10**-proposal.fraction
     new = proposal.signs / proposal.side**2 + old / positive(_sizes(old))
-    delta[where] = new * ((budget + (left + surplus) / x.shape[1]) / positive(_sizes(new)))
+    # Divided first: where a channel stays as it is, 0 times a huge number might not be a number.
+    delta[where] = new / positive(_sizes(new)) * (budget + (left + surplus) / x.shape[1])
     centre = x.flatten(1)
     near = project_l1(delta.flatten(1), centre, ball.epsilon, ball.low, ball.high)
     point.copy_((centre + near).clamp_(ball.low, ball.high).view_as(x))

@@ -69,7 +69,7 @@ def log_handlers_of_the_test_end_with_it():
 @pytest.fixture(autouse=True)
 def learning_curves_are_drawn_where_they_are_looked_at(request, monkeypatch):
     """Drawing curves.png takes 0.2 s, longer than the training of many a test."""
-    if request.path.name != "test_train.py":
+    if request.path.name not in ("test_train.py", "test_several_processes.py"):
         monkeypatch.setattr("robustflat.apps.train.draw_curves", lambda session: None)
 
 

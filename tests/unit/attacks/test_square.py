@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustflat.attacks.hunt import PlainJudge
 from robustflat.attacks.objectives import cross_entropy, margin
 from robustflat.attacks.square import Square
-from robustflat.attacks.square_proposals import Draws, first_pattern, peaks
+from robustflat.attacks.square_proposals import Draws, apply_, draw, first_pattern, peaks
 from robustflat.errors import UserError
 from robustflat.geometry.input_ball import InputBall, L1Ball, L2Ball, LinfBall
 from robustflat.types import Objective
@@ -207,3 +207,14 @@ def test_proposals_tried_ahead_change_nothing(ball: InputBall, stop: bool, goal:
         assert torch.equal(other.queries, hunted[0].queries)
         torch.testing.assert_close(other.found.x_adv, hunted[0].found.x_adv, rtol=0, atol=1e-6)
     assert passes[2] < passes[1] < passes[0]
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(1.0), L1Ball(12.0)])
+def test_every_proposal_is_an_image_of_the_ball(ball: InputBall) -> None:
+    x = torch.rand(16, 3, 9, 9)
+    draws = Draws(x, torch.Generator().manual_seed(0))
+    point = first_pattern(ball, x, draws)
+    for side in (7, 5, 3, 1) * 5:
+        apply_(draw(ball, x, side, draws), ball, point, x)
+        assert bool(((point >= 0) & (point <= 1)).all())  # numbers, too
+        assert float(ball.size(point, x).max()) <= ball.epsilon * (1 + 1e-5)
