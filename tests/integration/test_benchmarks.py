@@ -84,7 +84,7 @@ def test_all_that_make_bench_runs_exist_and_take_their_arguments():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_autoattack_runs_beside_the_authors(benchmark):
-    arguments = "--no-memory --networks residual --channels 2 --images 2 --epochs 1 --norms linf --searches fp32"
+    arguments = "--no-memory --networks residual --channels 2 --images 8 --epochs 1 --norms linf --searches fp32"
     tables = benchmark("attacks", *arguments.split())
     (ways,) = [ways for title, ways in tables.items() if title.startswith("AutoAttack")]
     assert ways["ours, fp32"]["gflop"] > 0
