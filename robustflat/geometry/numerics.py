@@ -20,9 +20,12 @@ def wide(v: Tensor) -> Tensor:
     return v.to(precision(v))
 
 
+_ROOM = 2**20
+
+
 def positive(v: Tensor) -> Tensor:
-    """`v` as a divisor: never below the smallest normal number, so that 0 / 0 becomes 0."""
-    return v.clamp_min(torch.finfo(v.dtype).tiny)
+    """`v`, in float32 or wider, as a divisor: 0 / 0 becomes 0, and s / 0 no infinity for s up to a million or so."""
+    return v.clamp_min(torch.finfo(v.dtype).tiny * _ROOM)
 
 
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

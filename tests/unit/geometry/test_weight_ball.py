@@ -203,6 +203,15 @@ def test_zero_gradients_zero_steps_and_zero_weights_never_give_nan(norm, groupin
         assert all(tensor.isfinite().all() and tensor.any() != relative for tensor in result.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_without_gradient_stays_where_a_large_one_might_go_far(dtype):
+    w = {"used": torch.ones(8, dtype=dtype), "idle": torch.full((400,), 50.0, dtype=dtype)}
+    grad = {"used": torch.ones(8, dtype=dtype), "idle": torch.zeros(400, dtype=dtype)}
+    step = WeightBall(0.5).steepest(grad, w)
+    assert torch.equal(step["idle"], grad["idle"])
+    assert float(step["used"].norm()) == pytest.approx(0.5 * math.sqrt(8))
+
+
 def test_radius_zero_allows_no_step():
     w = network(7)
     ball = WeightBall(0)
