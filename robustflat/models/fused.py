@@ -28,7 +28,8 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.5  # in bf16 gradients differ by ReLUs tha
 class Fused(nn.Module):
     """Runs a network's steps on a CPU, and the network itself elsewhere and for little work.
 
-    Differentiable to the images only, and once.
+    Differentiable to the images only, and once. Its ReLU makes 0 of what is no number: whoever judges, judges by the
+    network itself.
 
     Weights are looked up at every call: changes in place (`Mirror.refreshed`) need nothing new.
 
