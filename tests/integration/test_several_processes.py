@@ -71,7 +71,8 @@ def test_two_processes_do_the_run_of_one(cli, pair, tmp_path):
     assert_same_run(one, two)
     assert {p.name for p in one.rglob("*")} == {p.name for p in two.rglob("*")}
     images = [json.loads((run / "ledger.json").read_text())["training"]["images"] for run in (one, two)]
-    assert 0 <= images[1] - images[0] < 100  # each process compares its fast copy of the network on eight images
+    # Each process makes its fast copy of the network, in some dozens of passes of eight images, which are counted, too.
+    assert 0 <= images[1] - images[0] < 600
     provenance = json.loads((two / "provenance.json").read_text())
     assert (provenance["processes"], provenance["batch_norm"]) == (2, "whole batch")
     assert json.loads((one / "provenance.json").read_text())["processes"] == 1
