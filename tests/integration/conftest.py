@@ -66,10 +66,15 @@ def log_handlers_of_the_test_end_with_it():
         root.removeHandler(handler)
 
 
+@pytest.fixture
+def curves():
+    """For tests that look at curves.png."""
+
+
 @pytest.fixture(autouse=True)
-def learning_curves_are_drawn_where_they_are_looked_at(request, monkeypatch):
-    """Drawing curves.png takes 0.2 s, longer than the training of many a test."""
-    if request.path.name not in ("test_train.py", "test_several_processes.py"):
+def learning_curves_are_drawn_for_tests_that_ask(request, monkeypatch):
+    """Drawing curves.png takes 0.2 s, longer than the training of many a test; who looks at it asks for `curves`."""
+    if "curves" not in request.fixturenames:
         monkeypatch.setattr("robustflat.apps.train.draw_curves", lambda session: None)
 
 

@@ -12,7 +12,7 @@ from robustflat.training.checkpoint import load
 from tests.integration.conftest import TINY, only_run
 
 
-def test_a_run_leaves_what_it_promises(cli, tmp_path):
+def test_a_run_leaves_what_it_promises(cli, tmp_path, curves):
     answer = cli(*TINY)
     assert answer.code == 0, answer.err
     for text in (
