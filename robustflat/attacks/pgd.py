@@ -189,12 +189,12 @@ class Pgd:
             x, y = (t.clone() if t.is_inference() else t.detach() for t in (x, y))
             if self.restarts == 1:
                 return self._search(forward, x, y, objective, generator)
-            many_x, many_y = (_repeat(t, self.restarts) for t in (x, y))
+            many_x, many_y = (copies(t, self.restarts) for t in (x, y))
             return self._best_restart(self._search(forward, many_x, many_y, objective, generator))
 
     def rehearse(self, x: Tensor, generator: torch.Generator) -> bool:
         """Draw the random start of all restarts; see `attacks.rehearsal`."""
-        self._start(_repeat(x, self.restarts), generator)
+        self._start(copies(x, self.restarts), generator)
         return True
 
     def explain(self) -> Explanation:
@@ -281,9 +281,12 @@ class Pgd:
                 raise UserError(f"l1_sparsity is for an L1 ball; this ball's norm is {self.ball.norm}. Remove it.")
 
 
-def _repeat(t: Tensor, times: int) -> Tensor:
-    """`times` copies along the first dimension; unlike `repeat`, concatenation keeps channels-last strides."""
-    return torch.cat([t] * times)
+def copies(t: Tensor, times: int) -> Tensor:
+    """`times` copies of a tensor (B, ...), one after the other: (times * B, ...); the tensor itself for one.
+
+    Unlike those of `repeat`, they keep channels-last strides.
+    """
+    return t if times == 1 else torch.cat([t] * times)
 
 
 def _start_name(random_start: bool | str) -> str | None:

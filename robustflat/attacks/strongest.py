@@ -13,7 +13,7 @@ from robustflat.attacks.examples import answer
 from robustflat.attacks.inputs import check_shapes
 from robustflat.attacks.judging import choose, held_still
 from robustflat.attacks.objectives import cross_entropy
-from robustflat.attacks.pgd import Pgd
+from robustflat.attacks.pgd import Pgd, copies
 from robustflat.errors import UserError, require_one_of, require_range
 from robustflat.memory import MemoryBudget, budget_bytes, require_memory_budget
 from robustflat.models.chunks import bounded, bytes_per_image
@@ -145,11 +145,6 @@ def runs_by_pass(count: int, runs: int, at_once: int) -> list[int]:
     """How many of `runs` runs on a batch of `count` images share each pass of at most `at_once` images."""
     together = max(1, at_once // max(count, 1))
     return [min(together, runs - done) for done in range(0, runs, together)]
-
-
-def copies(t: Tensor, times: int) -> Tensor:
-    """`times` copies of a tensor (B, ...), one after the other: (times * B, ...); the tensor itself for one."""
-    return t if times == 1 else t.repeat(times, *[1] * (t.ndim - 1))
 
 
 def _require_attack(attack: object) -> None:

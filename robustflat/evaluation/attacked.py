@@ -14,9 +14,10 @@ from robustflat.attacks.ensemble_progress import Piece, Progress
 from robustflat.attacks.ensemble_result import AttackRecord, AutoAttackResult
 from robustflat.attacks.examples import require_answers
 from robustflat.attacks.judging import succeeded
+from robustflat.attacks.pgd import copies
 from robustflat.attacks.rehearsal import rehearse
 from robustflat.attacks.sanity import Finding, check_verified, verify
-from robustflat.attacks.strongest import Strongest, copies, judged_logits, runs_by_pass, strongest
+from robustflat.attacks.strongest import Strongest, judged_logits, runs_by_pass, strongest
 from robustflat.evaluation.turns import in_turn
 from robustflat.geometry.input_ball import InputBall
 from robustflat.memory import MemoryBudget
