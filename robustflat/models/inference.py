@@ -24,7 +24,7 @@ from robustflat.models.likeness import alike, answer, fewest, moved
 from robustflat.models.modes import evaluating, frozen
 from robustflat.models.normalize import Normalize
 from robustflat.models.norms import ReBatchNorm
-from robustflat.models.passes import has_hooks
+from robustflat.models.passes import has_hooks, uncounted
 from robustflat.models.precision import exact_float32
 from robustflat.models.rectifiers import rectify_in_place_
 
@@ -82,6 +82,7 @@ class InferenceModel(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+@uncounted()
 def rewrite(
     model: nn.Module,
     example: Tensor,

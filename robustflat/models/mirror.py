@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.models.inference import BatchNorm, InferenceModel, KeptInFloat, Linear, rewrite, scale_and_shift
-from robustflat.models.passes import hooks_of
+from robustflat.models.passes import hooks_of, uncounted
 
 _STATE = {"training", *vars(nn.Module())}
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
@@ -87,7 +87,7 @@ def _rewritten(model: nn.Module, example: Tensor, precision: str) -> InferenceMo
     """A copy that takes the images: a network that uses `view` may refuse them in channels-last order."""
     try:
         copy = rewrite(model, example, precision=precision, check_half=False)
-        with torch.no_grad():
+        with torch.no_grad(), uncounted():
             copy(example)
     except RuntimeError:
         return rewrite(model, example, precision=precision, channels_last=False, check_half=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,19 @@ class Passes(NamedTuple):
     def since(self, before: Passes) -> Passes:
         """What was added to an earlier count."""
         return Passes(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+_COUNTING: ContextVar[bool] = ContextVar("counting", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, passes are counted by nobody: those that look at a network, to copy it for example, and do not use it."""
+    token = _COUNTING.set(False)
+    try:
+        yield
+    finally:
+        _COUNTING.reset(token)
 
 
 class PassCounter:
@@ -64,6 +78,8 @@ class PassCounter:
         model.register_forward_hook(self._forward)
 
     def _forward(self, _: nn.Module, arguments: tuple[object, ...], output: object) -> None:
+        if not _COUNTING.get():
+            return
         self._forwards += 1
         first = arguments[0] if arguments else None
         self._images += of_the_whole(len(first)) if isinstance(first, Tensor) and first.ndim else 0
