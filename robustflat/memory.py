@@ -1,4 +1,4 @@
-"""How much memory a device has left and was used, and options that bound what a computation may take of it."""
+"""How much memory a device has left, how much was used, and options that bound what a computation may take of it."""
 
 from __future__ import annotations
 
